@@ -1,0 +1,267 @@
+"""Paged attention in XLA operations: any platform, fast on CPU. Its cost follows the real contexts, not the longest
+possible one.
+
+Two loops with trip counts known only at run time:
+
+- *Rows.* Token rows of sequences with few new tokens (decode, drafts) are sorted by context and taken in groups. A
+  group walks over its contexts in chunks of `ROW_CHUNK` tokens with an online softmax; sorting keeps the lengths
+  within a group alike, so little is wasted.
+- *Tiles.* Longer runs of new tokens (prefill chunks) are cut into tiles of query rows of one sequence. A tile walks
+  over that sequence's chunks up to its own last position: blocks above the diagonal cost nothing.
+
+Both gather pages by rows of `kv_layout.rows_view`, whose runs of P*D elements XLA on CPU copies at memory speed
+(measured: 3-D gathers take twice as long). A batch without one kind runs zero trips of its loop. Chunk boundaries are
+absolute positions, so every row is summed in the same order whatever batch it is in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.kv_layout import rows_view
+from pallas_kernels.ragged import RaggedBatch, token_positions, token_sequences
+
+ROW_LIMIT = 4  # sequences with at most this many new tokens go row by row
+ROW_GROUP = 16
+ROW_CHUNK = 128
+TILE_ROWS = 128
+TILE_CHUNK = 512
+MASKED = -1e30  # finite: exp(MASKED - MASKED) must not be NaN in rows that see nothing yet
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    """Work lists of one step. T token rows, padded to groups; S sequences; I tiles.
+
+    Attributes:
+        order: int32[T'], token rows, those of the row loop first, longest context first.
+        inverse: int32[T], where each token row stands in `order`.
+        row_position, row_tables: int32[T'], int32[T', B'] of the ordered rows; position -1 for rows that the loop
+            skips.
+        by_row: bool[T], rows that take their result from the row loop.
+        num_row_groups, num_tiles: int32[], trip counts.
+        tile_sequence, tile_start: int32[I], the sequence and first token row of each tile.
+        tables: int32[S, B'], block tables padded to whole chunks.
+        batch: the batch itself.
+    """
+
+    order: jax.Array
+    inverse: jax.Array
+    row_position: jax.Array
+    row_tables: jax.Array
+    by_row: jax.Array
+    num_row_groups: jax.Array
+    num_tiles: jax.Array
+    tile_sequence: jax.Array
+    tile_start: jax.Array
+    tables: jax.Array
+    batch: RaggedBatch
+
+
+def _group(num_tokens: int) -> int:
+    return min(ROW_GROUP, num_tokens)
+
+
+def _chunk_pages(chunk: int, page_size: int) -> int:
+    return max(1, chunk // page_size)
+
+
+def _has_tiles(num_tokens: int) -> bool:
+    return num_tokens > ROW_LIMIT
+
+
+def plan(batch: RaggedBatch, num_tokens: int, problem: Any) -> Plan:
+    """See `api.plan_attention`."""
+    group = _group(num_tokens)
+    num_seqs = batch.context_lens.shape[0]
+    whole = max(_chunk_pages(ROW_CHUNK, problem.page_size), _chunk_pages(TILE_CHUNK, problem.page_size))
+    tables = jnp.pad(batch.block_tables, ((0, 0), (0, -batch.block_tables.shape[1] % whole)))
+
+    rows = jnp.arange(num_tokens, dtype=jnp.int32)
+    sequence, position = token_sequences(batch, num_tokens), token_positions(batch, num_tokens)
+    lengths = batch.query_start[1:] - batch.query_start[:-1]
+    live = rows < batch.query_start[batch.num_seqs]
+    by_row = live & (lengths[sequence] <= ROW_LIMIT)
+    row_position = jnp.where(by_row, position, -1)
+    order = jnp.argsort(-row_position, stable=True).astype(jnp.int32)
+    inverse = jnp.zeros_like(order).at[order].set(rows, unique_indices=True)
+    order = jnp.pad(order, (0, -num_tokens % group))
+    padding = jnp.arange(order.shape[0]) >= num_tokens
+    num_by_row = by_row.sum(dtype=jnp.int32)
+
+    tiles = jnp.where(lengths > ROW_LIMIT, (lengths + TILE_ROWS - 1) // TILE_ROWS, 0)
+    tiles = jnp.where(jnp.arange(num_seqs) < batch.num_seqs, tiles, 0)
+    ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    most = num_tokens // TILE_ROWS + min(num_seqs, num_tokens // (ROW_LIMIT + 1) + 1)
+    ids = jnp.arange(most, dtype=jnp.int32)
+    tile_sequence = jnp.minimum(jnp.searchsorted(ends, ids, side="right", method="compare_all"), num_seqs - 1).astype(
+        jnp.int32
+    )
+    tile_start = batch.query_start[tile_sequence] + (ids - (ends - tiles)[tile_sequence]) * TILE_ROWS
+    return Plan(
+        order=order,
+        inverse=inverse,
+        row_position=jnp.where(padding, -1, row_position[order]),
+        row_tables=tables[sequence[order]],
+        by_row=by_row,
+        num_row_groups=(num_by_row + group - 1) // group,
+        num_tiles=ends[-1],
+        tile_sequence=tile_sequence,
+        tile_start=tile_start,
+        tables=tables,
+        batch=batch,
+    )
+
+
+def run(
+    q: jax.Array,
+    pages: jax.Array,
+    plan: Plan,
+    problem: Any,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> jax.Array:
+    """See `api.paged_attention`."""
+    options = _Options(scale, window, soft_cap)
+    by_row = _run_rows(q, pages, plan, problem, options)
+    if not _has_tiles(q.shape[0]):
+        return by_row
+    by_tile = _run_tiles(q, pages, plan, problem, options)
+    return jnp.where(plan.by_row[:, None, None], by_row, by_tile)
+
+
+@dataclass(frozen=True)
+class _Options:
+    scale: float
+    window: int | None
+    soft_cap: float | None
+
+    def scores(self, scores: jax.Array, visible: jax.Array) -> jax.Array:
+        if self.soft_cap is not None:
+            scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
+        return jnp.where(visible, scores, MASKED)
+
+    def visible(self, key: jax.Array, query: jax.Array) -> jax.Array:
+        seen = key <= query
+        return seen if self.window is None else seen & (key > query - self.window)
+
+    def first_chunk(self, position: jax.Array, chunk: int) -> jax.Array:
+        if self.window is None:
+            return jnp.zeros_like(position)
+        return jnp.maximum(position - self.window + 1, 0) // chunk
+
+
+def _gather(rows: jax.Array, page_ids: jax.Array, num_kv_heads: int, which: int) -> jax.Array:
+    """Tiles of the keys (0) or values (1) of some pages: `[..., n]` page ids -> `[..., K, n, P*D]`, in one gather."""
+    heads = jnp.arange(num_kv_heads, dtype=jnp.int32)
+    index = (page_ids[..., None, :] * 2 + which) * num_kv_heads + heads[:, None]
+    return rows.at[index].get(mode="clip")
+
+
+def _online(carry: tuple, scores: jax.Array, values: jax.Array, product: str) -> tuple:
+    """One chunk of the online softmax. `carry` = running maximum, sum and weighted values."""
+    top, total, acc = carry
+    new_top = jnp.maximum(top, scores.max(-1))
+    weights = jnp.exp(scores - new_top[..., None])
+    shrink = jnp.exp(top - new_top)
+    total = total * shrink + weights.sum(-1)
+    acc = acc * shrink[..., None] + jnp.einsum(
+        product, weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
+    return new_top, total, acc
+
+
+def _empty(shape: tuple[int, ...], head_dim: int) -> tuple:
+    return (
+        jnp.full(shape, MASKED, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, head_dim), jnp.float32),
+    )
+
+
+def _finish(carry: tuple) -> jax.Array:
+    top, total, acc = carry
+    seen = top > MASKED / 2
+    return jnp.where(seen[..., None], acc / jnp.where(seen, total, 1.0)[..., None], 0.0)
+
+
+def _run_rows(q: jax.Array, pages: jax.Array, plan: Plan, problem: Any, options: _Options) -> jax.Array:
+    num_tokens, heads, dim = q.shape
+    kv_heads, group = problem.num_kv_heads, _group(num_tokens)
+    chunk_pages = _chunk_pages(ROW_CHUNK, problem.page_size)
+    chunk = chunk_pages * problem.page_size
+    rows = rows_view(pages)
+    ordered = (q.astype(jnp.float32) * options.scale)[plan.order].reshape(-1, kv_heads, heads // kv_heads, dim)
+
+    def one_group(index: jax.Array, out: jax.Array) -> jax.Array:
+        queries = lax.dynamic_slice_in_dim(ordered, index * group, group)
+        position = lax.dynamic_slice_in_dim(plan.row_position, index * group, group)
+        tables = lax.dynamic_slice_in_dim(plan.row_tables, index * group, group)
+
+        def one_chunk(step: jax.Array, carry: tuple) -> tuple:
+            ids = lax.dynamic_slice_in_dim(tables, step * chunk_pages, chunk_pages, axis=1)
+            key_position = step * chunk + jnp.arange(chunk, dtype=jnp.int32)
+            visible = options.visible(key_position, position[:, None])[:, None, None, :]  # [G, 1, 1, C]
+            keys = _gather(rows, ids, kv_heads, 0).astype(jnp.float32).reshape(group, kv_heads, chunk, dim)
+            values = _gather(rows, ids, kv_heads, 1).astype(jnp.float32).reshape(group, kv_heads, chunk, dim)
+            # What lies beyond the context may be anything, NaN included: 0 * NaN would poison the sum.
+            values = jnp.where(visible[:, :, 0, :, None], values, 0.0)
+            scores = jnp.einsum("gkrd,gkcd->gkrc", queries, keys)
+            return _online(carry, options.scores(scores, visible), values, "gkrc,gkcd->gkrd")
+
+        first = options.first_chunk(jnp.where(position < 0, position.max(), position), chunk).min()
+        carry = lax.fori_loop(first, position.max() // chunk + 1, one_chunk, _empty(queries.shape[:3], dim))
+        return lax.dynamic_update_slice_in_dim(out, _finish(carry).astype(out.dtype), index * group, axis=0)
+
+    out = jnp.zeros(ordered.shape, q.dtype)
+    out = lax.fori_loop(0, plan.num_row_groups, one_group, out)
+    return out[plan.inverse].reshape(q.shape)
+
+
+def _run_tiles(q: jax.Array, pages: jax.Array, plan: Plan, problem: Any, options: _Options) -> jax.Array:
+    num_tokens, heads, dim = q.shape
+    kv_heads, tile = problem.num_kv_heads, min(TILE_ROWS, num_tokens)
+    queries_per_kv = heads // kv_heads
+    chunk_pages = _chunk_pages(TILE_CHUNK, problem.page_size)
+    chunk = chunk_pages * problem.page_size
+    rows = rows_view(pages)
+    padded = jnp.pad(q.astype(jnp.float32) * options.scale, ((0, tile), (0, 0), (0, 0)))
+    batch = plan.batch
+
+    def one_tile(index: jax.Array, out: jax.Array) -> jax.Array:
+        sequence, start = plan.tile_sequence[index], plan.tile_start[index]
+        last_row = batch.query_start[sequence + 1] - 1
+        position = batch.context_lens[sequence] - 1 - last_row + start + jnp.arange(tile, dtype=jnp.int32)
+        # Rows past the sequence's end belong to its neighbours: they see nothing here, and their own tile or the row
+        # loop comes later.
+        position = jnp.where(start + jnp.arange(tile) <= last_row, position, -1)
+        queries = lax.dynamic_slice_in_dim(padded, start, tile).reshape(tile, kv_heads, queries_per_kv, dim)
+        queries = queries.transpose(1, 2, 0, 3).reshape(kv_heads, queries_per_kv * tile, dim)
+        table = plan.tables[sequence]
+
+        def one_chunk(step: jax.Array, carry: tuple) -> tuple:
+            ids = lax.dynamic_slice_in_dim(table, step * chunk_pages, chunk_pages)
+            key_position = step * chunk + jnp.arange(chunk, dtype=jnp.int32)
+            visible = options.visible(key_position, position[:, None])  # [tile, C]
+            keys = _gather(rows, ids, kv_heads, 0).astype(jnp.float32).reshape(kv_heads, chunk, dim)
+            values = _gather(rows, ids, kv_heads, 1).astype(jnp.float32).reshape(kv_heads, chunk, dim)
+            values = jnp.where((key_position < batch.context_lens[sequence])[:, None], values, 0.0)
+            scores = jnp.einsum("kmd,kcd->kmc", queries, keys).reshape(kv_heads, queries_per_kv, tile, chunk)
+            scores = options.scores(scores, visible).reshape(kv_heads, queries_per_kv * tile, chunk)
+            return _online(carry, scores, values, "kmc,kcd->kmd")
+
+        first = options.first_chunk(jnp.maximum(position[0], 0), chunk)
+        carry = lax.fori_loop(first, position.max() // chunk + 1, one_chunk, _empty(queries.shape[:2], dim))
+        result = _finish(carry).reshape(kv_heads, queries_per_kv, tile, dim).transpose(2, 0, 1, 3)
+        return lax.dynamic_update_slice_in_dim(out, result.reshape(tile, heads, dim).astype(out.dtype), start, axis=0)
+
+    out = jnp.zeros((num_tokens + tile, heads, dim), q.dtype)
+    return lax.fori_loop(0, plan.num_tiles, one_tile, out)[:num_tokens]

@@ -1,0 +1,13 @@
+"""All ops of the package, and what their ladders chose."""
+
+from __future__ import annotations
+
+from pallas_kernels import kv_write, matmul, paged_attention
+from pallas_kernels.op import Op
+
+OPS: tuple[Op, ...] = (paged_attention.OP, kv_write.OP, matmul.OP)
+
+
+def chosen_implementations() -> dict[str, str]:
+    """Op name -> implementation that the last trace chose (and why, where a better one was refused)."""
+    return {op.name: op.chosen[op.name] for op in OPS if op.name in op.chosen}

@@ -1,0 +1,73 @@
+"""The matrix product and the KV write against their references."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import kv_write as kv
+from pallas_kernels import matmul as mm
+from pallas_kernels.kv_layout import NULL_PAGE, KVLayout, rows_view
+from pallas_kernels.kv_write.cases import CASES as KV_CASES
+from pallas_kernels.kv_write.cases import Case as KVCase
+from pallas_kernels.matmul.cases import CASES as MATMUL_CASES
+from pallas_kernels.matmul.cases import Case as MatmulCase
+from pallas_kernels.ragged import RaggedBatch
+
+RELATIVE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("implementation", [i.name for i in mm.OP.implementations if i.name != "reference"])
+@pytest.mark.parametrize("case", MATMUL_CASES, ids=lambda c: c.name)
+def test_matmul(case: MatmulCase, implementation: str, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((case.m, case.k)), dtype)
+    w = jnp.asarray(rng.standard_normal((case.n, case.k) if case.transposed else (case.k, case.n)), dtype)
+    call = jax.jit(mm.matmul, static_argnames=("transposed", "implementation", "out_dtype"))
+    found = call(x, w, transposed=case.transposed, implementation=implementation, out_dtype="float32")
+    expected = call(x, w, transposed=case.transposed, implementation="reference", out_dtype="float32")
+    scale = case.k**0.5
+    np.testing.assert_allclose(np.asarray(found) / scale, np.asarray(expected) / scale, atol=RELATIVE[dtype])
+    assert call(x, w, transposed=case.transposed, implementation=implementation).dtype == x.dtype
+
+
+@pytest.mark.parametrize("implementation", [i.name for i in kv.OP.implementations if i.name != "reference"])
+@pytest.mark.parametrize("case", KV_CASES, ids=lambda c: c.name)
+def test_kv_write(case: KVCase, implementation: str) -> None:
+    rng = np.random.default_rng(1)
+    heads, dim, size = 2, 8, case.page_size
+    count = len(case.query_lens)
+    needed = [-(-c // size) for c in case.context_lens]
+    tables = np.zeros((case.num_seqs, max(needed)), np.int32)
+    free = list(rng.permutation(sum(needed)) + 1)
+    for row, n in enumerate(needed):
+        tables[row, :n] = [free.pop() for _ in range(n)]
+    starts = np.full(case.num_seqs + 1, sum(case.query_lens), np.int32)
+    starts[: count + 1] = np.concatenate([[0], np.cumsum(case.query_lens)])
+    contexts = np.pad(np.asarray(case.context_lens, np.int32), (0, case.num_seqs - count))
+    batch = RaggedBatch(jnp.asarray(starts), jnp.asarray(contexts), jnp.asarray(tables), jnp.int32(count))
+    layout = KVLayout(sum(needed) + 1, heads, size, dim, "float32")
+    pages = jnp.asarray(rng.standard_normal(layout.shape), jnp.float32)
+    keys, values = (jnp.asarray(rng.standard_normal((case.num_tokens, heads, dim)), jnp.float32) for _ in range(2))
+    slots = kv.slots_of(batch, case.num_tokens, size)
+    found = np.asarray(kv.kv_write(pages, keys, values, slots, implementation=implementation))
+    reference = np.asarray(kv.kv_write(pages, keys, values, slots, implementation="reference"))
+    np.testing.assert_array_equal(found[NULL_PAGE + 1 :], reference[NULL_PAGE + 1 :])
+
+    expected, row = np.array(pages), 0  # and against loops that know nothing of slots
+    for s, (length, context) in enumerate(zip(case.query_lens, case.context_lens, strict=True)):
+        for position in range(context - length, context):
+            expected[tables[s, position // size], 0, :, position % size] = keys[row]
+            expected[tables[s, position // size], 1, :, position % size] = values[row]
+            row += 1
+    np.testing.assert_array_equal(found[NULL_PAGE + 1 :], expected[NULL_PAGE + 1 :])
+
+
+def test_rows_view_addresses_one_head_of_one_page() -> None:
+    layout = KVLayout(5, 3, 8, 4, "float32")
+    pages = jnp.arange(np.prod(layout.shape), dtype=jnp.float32).reshape(layout.shape)
+    np.testing.assert_array_equal(rows_view(pages)[(4 * 2 + 1) * 3 + 2], pages[4, 1, 2].ravel())
+    assert layout.page_bytes == pages[0].nbytes
