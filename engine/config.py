@@ -1,0 +1,182 @@
+"""The engine's configuration: frozen parts, validated once, and the one reader of the environment.
+
+Every consumer gets only its own part (`CacheConfig` goes to the block pool, `SchedulerConfig` to the scheduler …).
+Field names and defaults are vLLM's where the thing is the same. The metadata of each field (`help`, `choices`) makes
+the command line flags.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
+POLICIES = ("fcfs", "priority")
+IMPLEMENTATIONS = ("auto", "reference", "xla", "mosaic_gpu")
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:  # noqa: A002 - argparse's own word
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _check(value in choices, f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLoadConfig:
+    """Which model, in which precision, from which files."""
+
+    model: str = _setting("demo", "model directory, .gguf file, hub id, or 'demo' (SmolLM2-135M-Instruct)")
+    tokenizer: str | None = _setting(None, "tokenizer directory or hub id, if not the model's own")
+    skip_tokenizer_init: bool = _setting(False, "load no tokenizer: prompts are token ids, outputs have no text")
+    dtype: str = _setting("auto", "dtype of weights and activations; auto = the checkpoint's own", DTYPES)
+    load_format: str = _setting("auto", "format of the weights; dummy = seeded random weights", LOAD_FORMATS)
+    max_model_len: int | None = _setting(None, "longest prompt + output, in tokens; default: the model's own limit")
+    revision: str | None = _setting(None, "branch, tag or commit of the hub repository")
+    download_dir: str | None = _setting(None, "where downloaded models are kept; default: the user's cache")
+    max_logprobs: int = _setting(20, "largest logprobs a request may ask for; -1 = the whole vocabulary")
+    seed: int = _setting(0, "seed of dummy weights and of requests that bring none")
+
+    def __post_init__(self) -> None:
+        _check(bool(self.model), "model must not be empty.")
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("load_format", self.load_format, LOAD_FORMATS)
+        _check(
+            self.max_model_len is None or self.max_model_len >= 2,
+            f"max_model_len must be at least 2, got {self.max_model_len}.",
+        )
+        _check(self.max_logprobs >= -1, f"max_logprobs must be -1 or more, got {self.max_logprobs}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int = _setting(16, "tokens per KV block")
+    gpu_memory_utilization: float = _setting(0.92, "fraction of a GPU's memory that the engine may fill")
+    kv_cache_memory_bytes: int | None = _setting(None, "bytes for KV blocks; overrides the memory ledger")
+    num_gpu_blocks_override: int | None = _setting(None, "number of KV blocks; overrides the memory ledger")
+    enable_prefix_caching: bool = _setting(True, "share KV blocks between requests with equal prefixes")
+
+    def __post_init__(self) -> None:
+        _check(
+            self.block_size in (8, 16, 32, 64, 128), f"block_size must be 8, 16, 32, 64 or 128; got {self.block_size}."
+        )
+        _check(
+            0 < self.gpu_memory_utilization <= 1,
+            f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.",
+        )
+        _check(
+            self.kv_cache_memory_bytes is None or self.kv_cache_memory_bytes > 0,
+            "kv_cache_memory_bytes must be positive.",
+        )
+        _check(
+            self.num_gpu_blocks_override is None or self.num_gpu_blocks_override >= 2,
+            "num_gpu_blocks_override must be at least 2.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """What one step may hold and who goes first."""
+
+    max_num_seqs: int | None = _setting(None, "most sequences in one step; default: 64 on CPU, 256 on GPU")
+    max_num_batched_tokens: int | None = _setting(None, "most tokens in one step; default: 2048 on CPU, 8192 on GPU")
+    enable_chunked_prefill: bool = _setting(True, "split long prompts over several steps")
+    long_prefill_token_threshold: int = _setting(0, "most prompt tokens of one request per step; 0 = no limit")
+    scheduling_policy: str = _setting("fcfs", "order of waiting requests", POLICIES)
+    async_scheduling: bool = _setting(True, "plan one step ahead of the device")
+    max_num_queued_reqs: int | None = _setting(None, "most waiting requests; more are refused")
+    max_num_queued_tokens: int | None = _setting(None, "most prompt tokens of waiting requests; more are refused")
+
+    def __post_init__(self) -> None:
+        _check_choice("scheduling_policy", self.scheduling_policy, POLICIES)
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs", "max_num_queued_tokens"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"{name} must be at least 1, got {value}.")
+        _check(self.long_prefill_token_threshold >= 0, "long_prefill_token_threshold must be 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """How step functions are compiled and kept."""
+
+    compilation_cache_dir: str | None = _setting(
+        None, "persistent compilation cache; default: the user's cache; '' = none"
+    )
+    compile_threads: int | None = _setting(
+        None, "executables compiled at a time; default: the number of cores, at most 8"
+    )
+    show_progress: bool = _setting(True, "progress bars while loading and compiling")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """Which implementation of each operation runs; 'auto' climbs the ladder and logs its choice."""
+
+    implementation: str = _setting("auto", "implementation of all operations", IMPLEMENTATIONS)
+
+    def __post_init__(self) -> None:
+        _check_choice("implementation", self.implementation, IMPLEMENTATIONS)
+
+
+PARTS = ("load", "cache", "scheduler", "compile", "kernels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """All of the engine's configuration, by part."""
+
+    load: ModelLoadConfig = field(default_factory=ModelLoadConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
+
+    @classmethod
+    def from_flat(cls, **settings: Any) -> EngineConfig:
+        """Sort flat keyword arguments (`Engine("demo", block_size=32)`, command line flags) into their parts.
+
+        Raises:
+            ConfigError: a keyword is unknown, or a value is out of range.
+        """
+        part_types = {f.name: f.default_factory for f in fields(cls)}
+        owners = {f.name: part for part, kind in part_types.items() for f in fields(kind)}  # type: ignore[arg-type]
+        unknown = sorted(set(settings) - set(owners))
+        if unknown:
+            raise ConfigError(f"Unknown setting {', '.join(unknown)}. Known settings: {', '.join(sorted(owners))}.")
+        grouped: dict[str, dict[str, Any]] = {part: {} for part in part_types}
+        for name, value in settings.items():
+            grouped[owners[name]][name] = value
+        return cls(**{part: part_types[part](**values) for part, values in grouped.items()})  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the process environment says. Nothing else in the project reads it."""
+
+    cache_dir: Path
+    hf_token: str | None
+    offline: bool
+
+    @classmethod
+    def read(cls) -> Environment:
+        """Read `QUIRE_CACHE` (default: `quire` in `$XDG_CACHE_HOME` or `~/.cache`), `HF_TOKEN` and `HF_HUB_OFFLINE`."""
+        xdg = os.environ.get("XDG_CACHE_HOME")
+        default = Path(xdg) if xdg else Path.home() / ".cache"
+        return cls(
+            cache_dir=Path(os.environ.get("QUIRE_CACHE") or default / "quire"),
+            hf_token=os.environ.get("HF_TOKEN"),
+            offline=os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes"),
+        )

@@ -1,0 +1,97 @@
+"""What a user gets back: `RequestOutput` and its parts, named as in vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One candidate token: natural-log probability under the raw distribution, 1-based rank, its text (None without
+    tokenizer).
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]  # token id -> Logprob, for one position
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One of the `n` completions of a request.
+
+    Attributes:
+        index: which of the n.
+        text: the text so far (or the new text, with `RequestOutputKind.DELTA`).
+        token_ids: likewise for the token ids, stop token included.
+        cumulative_logprob: sum of the sampled tokens' logprobs; None unless logprobs were asked for.
+        logprobs: one dict per token; None unless asked for.
+        finish_reason: "stop", "length", "abort", "error", or None while running.
+        stop_reason: the stop string or stop token id that ended it; None for EOS, length and abort.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True once a finish reason is set."""
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """When things happened, in seconds of `time.monotonic()`; None where it has not happened yet."""
+
+    arrival_time: float
+    queued_ts: float | None = None
+    scheduled_ts: float | None = None
+    first_token_ts: float | None = None
+    last_token_ts: float | None = None
+    num_generation_tokens: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def first_token_latency(self) -> float | None:
+        """Arrival to first token, in seconds (TTFT)."""
+        return None if self.first_token_ts is None else self.first_token_ts - self.arrival_time
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The state of one request, as vLLM's `RequestOutput`."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class BeamSearchSequence:
+    """One finished or best beam: all token ids (prompt included), its text and its cumulative logprob."""
+
+    token_ids: tuple[int, ...]
+    text: str | None
+    cumulative_logprob: float
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class BeamSearchOutput:
+    """The `beam_width` best sequences, best first."""
+
+    sequences: list[BeamSearchSequence] = field(default_factory=list)

@@ -1,0 +1,3 @@
+"""Requests as the scheduler sees them: what was asked (`Request`, frozen) and where it stands (`Sequence`, the one
+mutable record).
+"""

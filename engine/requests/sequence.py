@@ -1,0 +1,123 @@
+"""`Sequence`: one completion on its way, the one mutable record of the engine.
+
+A sequence has *known* tokens (prompt, outputs read from the device, and pending outputs: sampled by a step that the
+host has not read yet) and *computed* tokens (whose keys and values are in the cache, or will be when the dispatched
+steps have run). Each step gives it some tokens so that computed catches up with known; when it catches up fully, the
+step samples the next one. There are no phases: prefill, decode, recomputation after preemption are the same thing.
+
+    tokens    [ prompt ........ | outputs ....... | pending ]
+    computed  [ ======================>             ]
+                                  ^ num_computed      ^ num_known
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from engine.outputs import TokenLogprobs
+from engine.requests.request import Request
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One of the n completions of a request.
+
+    Attributes:
+        request: what was asked.
+        index: which of the n.
+        arrival: a counter that the scheduler gives; breaks ties in every order.
+        status: where it stands.
+        num_computed: tokens whose KV is in the cache once all dispatched steps have run.
+        num_pending: outputs sampled by dispatched steps that the host has not read yet (0 or 1 with overlap).
+        output_token_ids: outputs read so far.
+        block_table: ids of the KV blocks, in order of the tokens.
+        block_hashes: chained hashes of the full blocks of known tokens, as far as computed.
+        num_cached_blocks: leading blocks of the table that are registered under their hash.
+        row: the row of the device state that it owns while running; None otherwise.
+        num_sent_blocks: leading entries of the block table that the device already has in that row.
+        num_cached_tokens: prompt tokens found in the prefix cache at first admission.
+        num_preemptions: how often it lost its blocks.
+        finish_reason, stop_reason: set once, by `finish`.
+    """
+
+    request: Request
+    index: int = 0
+    arrival: int = 0
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed: int = 0
+    num_pending: int = 0
+    output_token_ids: list[int] = field(default_factory=list)
+    output_logprobs: list[TokenLogprobs] | None = None
+    cumulative_logprob: float = 0.0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_cached_blocks: int = 0
+    row: int | None = None
+    num_sent_blocks: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    scheduled_ts: float | None = None
+    first_token_ts: float | None = None
+    last_token_ts: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt in tokens."""
+        return self.request.num_prompt_tokens
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs sampled so far, those included that the host has not read yet."""
+        return len(self.output_token_ids) + self.num_pending
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that exist, on the host or (pending) on the device."""
+        return self.num_prompt_tokens + self.num_outputs
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens that computed lacks to catch up with known; 1 for a sequence in the middle of its output."""
+        return self.num_known - self.num_computed
+
+    @property
+    def finished(self) -> bool:
+        """True once it will get no more tokens."""
+        return self.status is SequenceStatus.FINISHED
+
+    @property
+    def wants_tokens(self) -> bool:
+        """False when all its tokens are sampled or in flight: it only waits to be read."""
+        return self.num_outputs < self.request.max_tokens
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Known tokens of positions `[start, stop)`; positions that are still pending on the device are -1."""
+        prompt, length = self.request.prompt_token_ids, self.num_prompt_tokens
+        tokens = list(prompt[start : min(stop, length)])
+        if stop > length:
+            outputs = self.output_token_ids[max(0, start - length) : stop - length]
+            tokens += outputs
+            tokens += [-1] * (stop - max(start, length) - len(outputs))
+        return tokens

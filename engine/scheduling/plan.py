@@ -1,0 +1,55 @@
+"""`StepPlan`: what each sequence computes in one step. Frozen, host only: no arrays, no jax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.requests.sequence import Sequence
+
+
+class ScheduledSequence(NamedTuple):
+    """The part of one sequence in one step. A tuple: hundreds are made per step, each in a third of the time.
+
+    Attributes:
+        sequence: whose.
+        row: its row of the device state.
+        start: position of the first token computed; equals the sequence's `num_computed` before the step.
+        num_tokens: how many tokens are computed: positions `[start, start + num_tokens)`.
+        samples: True if computed catches up with known, so that the step samples the next token.
+        first_new_block: index into the block table of the first entry that the device has not been told yet.
+        starts_row: True if the sequence takes over its row in this step (admission or return after preemption).
+    """
+
+    sequence: Sequence
+    row: int
+    start: int
+    num_tokens: int
+    samples: bool
+    first_new_block: int
+    starts_row: bool
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step.
+
+    Attributes:
+        step_id: counts from 0.
+        items: the sequences in the step, each with at least one token.
+        preempted: sequences that lost their blocks to make this step possible.
+    """
+
+    step_id: int
+    items: tuple[ScheduledSequence, ...]
+    preempted: tuple[Sequence, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in the step."""
+        return sum(item.num_tokens for item in self.items)
+
+    @property
+    def num_sampled(self) -> int:
+        """Sequences that sample in the step."""
+        return sum(item.samples for item in self.items)
