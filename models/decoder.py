@@ -1,0 +1,82 @@
+"""The decoder: Embed -> Blocks -> Norm -> Head, built from a `ModelConfig` and nothing else."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.config import LayerConfig, ModelConfig
+from models.functional import call_shared
+from models.inputs import ForwardInputs
+from models.layers.attention import Attention, StepContext
+from models.layers.basic import GatedMlp, RMSNorm
+from models.layers.rope import cos_sin
+from pallas_kernels.kv_write import slots_of
+from pallas_kernels.matmul import matmul
+from pallas_kernels.paged_attention import AttentionProblem, plan_attention
+
+
+class Block(nnx.Module):
+    """Pre-norm block: attention and gated MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig, problem: AttentionProblem, *, dtype: str) -> None:
+        self.attn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.attn = Attention(config, layer, problem, dtype=dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = GatedMlp(config, dtype=dtype)
+
+    def __call__(self, x: jax.Array, pages: jax.Array, step: StepContext) -> tuple[jax.Array, jax.Array]:
+        """[T, E] and this layer's pages -> both, advanced."""
+        attended, pages = self.attn(self.attn_norm(x), pages, step)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), pages
+
+
+class Table(nnx.Module):
+    """A `[V, E]` matrix: embedding table and head."""
+
+    def __init__(self, num_rows: int, size: int, *, dtype: str) -> None:
+        self.weight = nnx.Param(jnp.zeros((num_rows, size), dtype))
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer over a paged KV cache."""
+
+    def __init__(self, config: ModelConfig, problem: AttentionProblem, *, dtype: str) -> None:
+        self.embed = Table(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nnx.List([Block(config, layer, problem, dtype=dtype) for layer in config.layers])
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.head = None if config.tie_word_embeddings else Table(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.config = config
+        self.problem = problem
+
+    def __call__(self, inputs: ForwardInputs, cache: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Run one ragged batch.
+
+        Args:
+            inputs: T token rows of S sequences.
+            cache: pages of each layer, `[N, 2, K, P, D]`.
+
+        Returns:
+            Hidden states `[T, E]` after the final norm, and the cache with this step's keys and values.
+        """
+        num_tokens = inputs.token_ids.shape[0]
+        cos, sin = cos_sin(self.config.rope, inputs.positions)
+        step = StepContext(
+            cos=cos,
+            sin=sin,
+            slots=slots_of(inputs.batch, num_tokens, self.problem.page_size),
+            plan=plan_attention(inputs.batch, num_tokens, self.problem),
+        )
+        x = self.embed.weight[...][inputs.token_ids]
+        new_cache = []
+        for block, pages in zip(self.layers, cache, strict=True):
+            x, pages = call_shared(block, x, pages, step)
+            new_cache.append(pages)
+        return self.norm(x), tuple(new_cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[S, E] -> float32[S, V]."""
+        table = self.embed if self.head is None else self.head
+        return matmul(hidden, table.weight[...], transposed=True, out_dtype=jnp.float32)

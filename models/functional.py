@@ -1,0 +1,60 @@
+"""Between modules and flat arrays: the only file that splits and merges NNX modules.
+
+Layers are written as `nnx.Module`s; what runs are pure functions of a flat dict `name -> array`. Passing NNX state
+through `jit` costs milliseconds per call, a flat dict microseconds; and names as in `models.parameters` are what
+checkpoints are loaded under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+
+Params = dict[str, jax.Array]
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path)
+
+
+class FunctionalModel[M: nnx.Module]:
+    """A module's structure without its arrays.
+
+    Args:
+        build: makes the module; it is only traced, so no array of it ever exists.
+    """
+
+    def __init__(self, build: Callable[[], M]) -> None:
+        self._graph, state = nnx.split(nnx.eval_shape(build))
+        self._state = state
+        self.shapes: dict[str, jax.ShapeDtypeStruct] = {
+            _name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)
+        }
+
+    def bind(self, params: Mapping[str, jax.Array]) -> M:
+        """The module with these arrays. Call inside a traced function.
+
+        Raises:
+            KeyError: a parameter is missing.
+        """
+        flat = [(path, leaf.replace(params[_name(path)])) for path, leaf in nnx.to_flat_state(self._state)]
+        return nnx.merge(self._graph, nnx.from_flat_state(flat))
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(graph: Any, state: Any, *args: Any) -> Any:
+    return nnx.merge(graph, state)(*args)
+
+
+def call_shared(module: nnx.Module, *args: Any) -> Any:
+    """Call a module inside an inner `jit` keyed on its structure, so that equal layers are traced and lowered once.
+
+    32 unrolled layers lower ten times faster this way (architecture: unrolled layers, shared trace); XLA inlines the
+    calls.
+    """
+    graph, state = nnx.split(module)
+    return _run(graph, state, *args)

@@ -1,0 +1,59 @@
+"""Grouped-query attention over the paged cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.config import LayerConfig, ModelConfig
+from models.layers.basic import Linear, RMSNorm
+from models.layers.rope import rotate
+from pallas_kernels.kv_write import kv_write
+from pallas_kernels.paged_attention import AttentionProblem, paged_attention
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepContext:
+    """What all layers of one step share: computed once, before the first.
+
+    Attributes:
+        cos, sin: float32[T, rotary_dim / 2].
+        slots: int32[T], where this step's keys and values go.
+        plan: the attention plan.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    slots: jax.Array
+    plan: Any
+
+
+class Attention(nnx.Module):
+    """Causal self-attention; sliding window, rope and q/k norm as the layer's config says."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig, problem: AttentionProblem, *, dtype: str) -> None:
+        self.qkv = Linear(config.hidden_size, config.q_size + 2 * config.kv_size, bias=config.qkv_bias, dtype=dtype)
+        self.o = Linear(config.q_size, config.hidden_size, bias=config.o_bias, dtype=dtype)
+        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.layer = layer
+        self.problem = problem
+
+    def __call__(self, x: jax.Array, pages: jax.Array, step: StepContext) -> tuple[jax.Array, jax.Array]:
+        """[T, E] and this layer's pages -> [T, E] and the pages with this step's keys and values."""
+        problem, dim = self.problem, self.problem.head_dim
+        num_q, num_kv = problem.num_heads * dim, problem.num_kv_heads * dim
+        q, k, v = jnp.split(self.qkv(x), [num_q, num_q + num_kv], axis=-1)
+        q, k, v = (part.reshape(x.shape[0], -1, dim) for part in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.layer.use_rope:
+            q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        pages = kv_write(pages, k, v, step.slots)
+        out = paged_attention(q, pages, step.plan, problem, scale=dim**-0.5, window=self.layer.window)
+        return self.o(out.reshape(x.shape[0], num_q)), pages

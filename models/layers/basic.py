@@ -1,0 +1,57 @@
+"""Linear, RMSNorm, gated MLP. Weights are `nnx.Param`s named as in `models.parameters`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.config import ModelConfig
+from pallas_kernels.matmul import matmul
+
+
+class Linear(nnx.Module):
+    """`x @ weight (+ bias)`, weight `[in, out]`."""
+
+    def __init__(self, num_in: int, num_out: int, *, bias: bool, dtype: str) -> None:
+        self.weight = nnx.Param(jnp.zeros((num_in, num_out), dtype))
+        self.bias = nnx.Param(jnp.zeros((num_out,), dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[T, in] -> [T, out]."""
+        y = matmul(x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467) over the last axis, in float32."""
+
+    def __init__(self, size: int, *, eps: float, dtype: str) -> None:
+        self.weight = nnx.Param(jnp.zeros((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., size] -> same."""
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.weight[...]
+
+
+class GatedMlp(nnx.Module):
+    """`down(act(gate(x)) * up(x))` with gate and up in one product (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: str) -> None:
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias, dtype=dtype)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, dtype=dtype)
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[T, E] -> [T, E]."""
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        wide = gate.astype(jnp.float32)
+        gate = (
+            jax.nn.silu(wide)
+            if self.activation == "silu"
+            else jax.nn.gelu(wide, approximate=self.activation == "gelu_tanh")
+        )
+        return self.down(gate.astype(x.dtype) * up)

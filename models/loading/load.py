@@ -1,0 +1,174 @@
+"""`load_model`: a model's files → config and parameters on the device. The one entry of this package."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from models.config import ModelConfig
+from models.errors import ModelNotFoundError, UnsupportedModelError
+from models.families.common import Family
+from models.families.fields import RawConfig, strings
+from models.loading.assemble import assemble
+from models.loading.dtypes import resolve_dtype
+from models.loading.dummy import dummy_parameters
+from models.loading.gguf import GgufTensors, gguf_config, read_gguf
+from models.loading.gguf_file import part_paths
+from models.loading.manifest import read_manifest
+from models.loading.orbax import is_quire_checkpoint, load_checkpoint
+from models.loading.safetensors import has_safetensors, open_safetensors
+from models.loading.source import Progress, TensorSource
+from models.registry import resolve_family
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME, GENERATION_CONFIG_NAME = "config.json", "generation_config.json"
+FORMATS = ("safetensors", "gguf", "orbax", "dummy")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on the device: its config, and its parameters by name (`models.parameters.parameter_shapes`)."""
+
+    config: ModelConfig
+    params: dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files, read as far as its config; `open_tensors` goes on to the weights."""
+
+    family: Family
+    config: ModelConfig
+    open_tensors: Callable[[], TensorSource]
+
+
+def load_model(
+    path: Path,
+    load_format: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Load a model onto the default device.
+
+    Args:
+        path: a directory with `config.json` and safetensors, a GGUF file (or a directory with one), or a directory that
+            `save_checkpoint` made.
+        load_format: one of `FORMATS`, or "auto" for what is there; "dummy" reads the config only and makes random
+            weights.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
+        seed: of dummy weights.
+        progress: called after each parameter.
+
+    Raises:
+        ModelNotFoundError: the model, its config or its weights are not there.
+        UnsupportedModelError: the architecture, a config value, a dtype or the format is not supported.
+        WeightsError: the files are damaged, or the weights do not fit the config.
+    """
+    chosen = choose_format(path, load_format)
+    logger.info("load_format: %s (asked for: %s)", chosen, load_format)
+    if chosen == "orbax":
+        config, params = load_checkpoint(path, dtype, progress)
+        return LoadedModel(config, params)
+    if chosen == "dummy":
+        config = read_config(path)
+        return LoadedModel(config, dummy_parameters(config, resolve_dtype(dtype, config), seed, progress))
+    checkpoint = open_checkpoint(path, chosen)
+    config, resolved = checkpoint.config, resolve_dtype(dtype, checkpoint.config)
+    return LoadedModel(config, assemble(checkpoint.family, config, checkpoint.open_tensors(), resolved, progress))
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The decoder that a model's files describe; no weights are read.
+
+    Raises:
+        As `load_model`.
+    """
+    chosen = choose_format(path, "auto")
+    return read_manifest(path).config if chosen == "orbax" else open_checkpoint(path, chosen).config
+
+
+def choose_format(path: Path, load_format: str) -> str:
+    """The entry of `FORMATS` that applies; "auto" looks at the files.
+
+    Raises:
+        ModelNotFoundError: `path` does not exist.
+        UnsupportedModelError: no such format.
+    """
+    if load_format not in ("auto", *FORMATS):
+        raise UnsupportedModelError(f"load_format {load_format!r} is not known; known are auto, {', '.join(FORMATS)}.")
+    if not path.exists():
+        raise ModelNotFoundError(f"{path} does not exist.")
+    if load_format != "auto":
+        return load_format
+    if path.is_file():
+        return "gguf"
+    if is_quire_checkpoint(path):
+        return "orbax"
+    if not has_safetensors(path) and any(path.glob("*.gguf")):
+        return "gguf"
+    return "safetensors"
+
+
+def open_checkpoint(path: Path, load_format: str) -> Checkpoint:
+    """Read a model's config and find its family; `load_format` is "safetensors" or "gguf".
+
+    Raises:
+        As `load_model`.
+    """
+    if load_format == "gguf":
+        file = read_gguf(_gguf_file(path))
+        raw, generation = gguf_config(file), {}
+        return _checkpoint(raw, generation, lambda: GgufTensors(file))
+    if not path.is_dir():
+        raise ModelNotFoundError(
+            f"{path} is not a directory: safetensors weights come with a {CONFIG_NAME} beside them."
+        )
+    if not (path / CONFIG_NAME).is_file():
+        raise ModelNotFoundError(f"{path} has no {CONFIG_NAME}.")
+    generation_file = path / GENERATION_CONFIG_NAME
+    generation = read_json(generation_file) if generation_file.is_file() else {}
+    return _checkpoint(read_json(path / CONFIG_NAME), generation, lambda: open_safetensors(path))
+
+
+def read_json(file: Path) -> RawConfig:
+    """A JSON object.
+
+    Raises:
+        UnsupportedModelError: the file holds something else; says where it breaks.
+        ModelNotFoundError: it cannot be read.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ModelNotFoundError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise UnsupportedModelError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UnsupportedModelError(f"{file} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def _checkpoint(raw: RawConfig, generation: RawConfig, open_tensors: Callable[[], TensorSource]) -> Checkpoint:
+    family = resolve_family(strings(raw, "architectures") or ())
+    return Checkpoint(family, family.translate(raw, generation), open_tensors)
+
+
+def _gguf_file(path: Path) -> Path:
+    """The GGUF file that is meant: `path` itself, or the only model in that directory, whole or in parts."""
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if not files:
+        raise ModelNotFoundError(f"{path} has no *.gguf file.")
+    if len(files) > 1 and sorted(part_paths(files[0])) != files:
+        raise ModelNotFoundError(
+            f"{path} has {len(files)} GGUF files; name one of them: {', '.join(f.name for f in files)}."
+        )
+    return files[0]

@@ -1,0 +1,31 @@
+"""`TensorSource`: what a checkpoint must be able to say, whatever its file format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+import numpy as np
+
+Progress = Callable[[int, int, str], None]
+"""Called after each parameter with (bytes done, bytes in total, name of the parameter); bytes as served."""
+
+
+class TensorSource(Protocol):
+    """A checkpoint with Hugging Face's tensor names and layouts: projections are `[out, in]`."""
+
+    def names(self) -> Collection[str]:
+        """Every tensor of the checkpoint."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, C-contiguous, of a floating dtype (bfloat16 by ml_dtypes); may be a view of a mapped file.
+
+        Raises:
+            WeightsError: the tensor cannot be read.
+        """
+        ...
