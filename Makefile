@@ -19,7 +19,7 @@ EXTRAS := dev$(if $(filter-out none,$(CUDA)),$(comma)cuda$(CUDA))
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 DEMO_PROMPT ?= In three sentences: what does a computer do while it waits for memory?
-DEMO_FLAGS ?= --max-model-len 1024 --max-num-seqs 4
+DEMO_FLAGS ?= --max-model-len 1024 --max-num-seqs 4 --max-num-batched-tokens 256
 BENCH_FLAGS ?=
 
 .PHONY: help setup demo test test-all test-kernels lint format bench bench-compare clean

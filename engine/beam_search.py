@@ -1,0 +1,88 @@
+"""Beam search on top of ordinary requests: each round asks one token with logprobs for every live beam.
+
+The prefix cache makes this cheap: a beam's tokens but the last block are in the cache already, and beams share their
+    common prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from engine.requests.request import Request
+from engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from engine.text.tokenizer import Tokenizer
+
+TOP_LOGPROBS = 20  # what a step returns anyway; wider beams ask for the whole vocabulary
+
+Run = Callable[[list[Request]], list[RequestOutput]]
+
+
+@dataclass(frozen=True)
+class _Beam:
+    tokens: tuple[int, ...]
+    logprob: float
+
+    def score(self, prompt_len: int, length_penalty: float) -> float:
+        return self.logprob / max(1, len(self.tokens) - prompt_len) ** length_penalty
+
+
+def beam_search(
+    request: Request, params: BeamSearchParams, eos_token_ids: tuple[int, ...], tokenizer: Tokenizer | None, run: Run
+) -> BeamSearchOutput:
+    """Search one prompt.
+
+    Args:
+        request: a validated request; `max_tokens` is already capped to the context.
+        params: width, length, penalty.
+        eos_token_ids: tokens that complete a beam unless `ignore_eos`.
+        run: completes requests, all together.
+    """
+    width, prompt_len = params.beam_width, request.num_prompt_tokens
+    candidates = 2 * width
+    one_token = SamplingParams(
+        max_tokens=1,
+        temperature=params.temperature,
+        logprobs=candidates if candidates <= TOP_LOGPROBS else -1,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    stops = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+    live, complete = [_Beam(request.prompt_token_ids, 0.0)], []
+    for step in range(request.max_tokens):
+        requests = [
+            replace(
+                request,
+                request_id=f"{request.request_id}-{step}-{i}",
+                prompt=None,
+                prompt_token_ids=beam.tokens,
+                params=one_token,
+            )
+            for i, beam in enumerate(live)
+        ]
+        grown: list[_Beam] = []
+        for beam, output in zip(live, run(requests), strict=True):
+            logprobs = (output.outputs[0].logprobs or [{}])[0]
+            best = sorted(logprobs.items(), key=lambda entry: -entry[1].logprob)[:candidates]
+            for token, value in best:
+                child = _Beam((*beam.tokens, token), beam.logprob + value.logprob)
+                (complete if token in stops else grown).append(child)
+        live = sorted(grown, key=lambda b: -b.score(prompt_len, params.length_penalty))[:width]
+        if not live:
+            break
+    stopped = {id(b) for b in complete}
+    ranked = sorted([*complete, *live], key=lambda b: -b.score(prompt_len, params.length_penalty))[:width]
+    return BeamSearchOutput(
+        [
+            BeamSearchSequence(
+                token_ids=beam.tokens,
+                text=None
+                if tokenizer is None
+                else tokenizer.decode(beam.tokens[prompt_len:], skip_special_tokens=True),
+                cumulative_logprob=beam.logprob,
+                finish_reason="stop" if id(beam) in stopped else "length",
+            )
+            for beam in ranked
+        ]
+    )

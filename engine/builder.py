@@ -1,0 +1,203 @@
+"""Builds a running core from a configuration: resolve, load, size, compile. The one place that knows all the parts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from engine.config import EngineConfig, Environment, ModelLoadConfig
+from engine.core import CoreOptions, EngineCore
+from engine.input_processor import InputProcessor, ModelLimits
+from engine.output_processor import OutputProcessor
+from engine.runtime.compile import COUNTER, enable_persistent_cache
+from engine.runtime.executables import ModelProgram, compile_program
+from engine.runtime.executor import Executor
+from engine.runtime.limits import RuntimeLimits, resolve_limits
+from engine.runtime.memory import MemoryLedger, memory_limit, plan_blocks, require_one_request
+from engine.runtime.progress import Report, progress_bar
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.scheduler import Scheduler
+from engine.text.tokenizer import Tokenizer
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.functional import FunctionalModel, Params
+from models.loading.load import load_model
+from models.loading.resolver import FetchOptions, ModelFiles, resolve_model, resolve_tokenizer
+from pallas_kernels.kv_layout import KVLayout
+from pallas_kernels.paged_attention import AttentionProblem
+from pallas_kernels.registry import chosen_implementations
+
+logger = logging.getLogger("quire")
+
+
+@dataclass(frozen=True)
+class StartTimes:
+    """Seconds of each part of the start."""
+
+    resolve_s: float
+    load_s: float
+    compile_s: float
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """A core, ready to serve, and what it was built from."""
+
+    core: EngineCore
+    inputs: InputProcessor
+    tokenizer: Tokenizer | None
+    model: ModelConfig
+    limits: RuntimeLimits
+    ledger: MemoryLedger
+    times: StartTimes
+    num_executables: int
+    implementations: dict[str, str]
+
+    def describe(self) -> dict[str, Any]:
+        """What was built, for logs and for users."""
+        device = jax.devices()[0]
+        return {
+            "model_family": self.model.family,
+            "vocab_size": self.model.vocab_size,
+            "device": f"{device.platform}:{device.device_kind}",
+            "dtype": self.limits.dtype,
+            "implementations": dict(self.implementations),
+            "max_model_len": self.limits.max_model_len,
+            "max_num_seqs": self.limits.max_num_seqs,
+            "max_num_batched_tokens": self.limits.max_num_batched_tokens,
+            "block_size": self.limits.block_size,
+            "num_kv_blocks": self.ledger.num_blocks - 1,
+            "kv_cache_tokens": (self.ledger.num_blocks - 1) * self.limits.block_size,
+            "memory": str(self.ledger),
+            "num_executables": self.num_executables,
+            "start_s": {"resolve": self.times.resolve_s, "load": self.times.load_s, "compile": self.times.compile_s},
+        }
+
+
+def build_engine(config: EngineConfig) -> BuiltEngine:
+    """Build everything and compile every executable.
+
+    Raises:
+        QuireError: of the kind that fits: model not found, unsupported, damaged, settings that contradict, not enough
+            memory.
+    """
+    environment, started = Environment.read(), time.monotonic()
+    show = config.compile.show_progress
+    with progress_bar("fetching", show=show) as report:
+        options = fetch_options(config.load, environment, report)
+        files = resolve_model(config.load.model, options, config.load.revision)
+        tokenizer = _load_tokenizer(config.load, files, options)
+    resolved = time.monotonic()
+    with progress_bar("loading weights", show=show) as report:
+        loaded = load_model(files.path, config.load.load_format, config.load.dtype, config.load.seed, report)
+        jax.block_until_ready(loaded.params)
+    loaded_at = time.monotonic()
+
+    dtype = str(next(iter(loaded.params.values())).dtype)
+    limits = resolve_limits(config, loaded.config, dtype)
+    enable_persistent_cache(config.compile, environment.cache_dir / "xla")
+    ledger, program = _size(config, loaded.config, loaded.params, limits)
+    logger.info("memory: %s", ledger)
+    with progress_bar("compiling", show=show) as report:
+        executables = compile_program(program, loaded.params, config.compile, report)
+    executor = Executor(program, loaded.params, executables)
+    COUNTER.ready()
+    times = StartTimes(resolved - started, loaded_at - resolved, time.monotonic() - loaded_at)
+    core = EngineCore(
+        Scheduler(_scheduler_limits(config, limits), BlockPool(ledger.num_blocks)),
+        executor,
+        OutputProcessor(tokenizer),
+        CoreOptions(overlap=config.scheduler.async_scheduling),
+    )
+    model_limits = ModelLimits(
+        loaded.config.vocab_size, limits.max_model_len, config.load.max_logprobs, loaded.config.eos_token_ids
+    )
+    inputs = InputProcessor(model_limits, tokenizer, config.load.seed)
+    return BuiltEngine(
+        core, inputs, tokenizer, loaded.config, limits, ledger, times, len(executables), chosen_implementations()
+    )
+
+
+def fetch_options(config: ModelLoadConfig, environment: Environment, report: Report) -> FetchOptions:
+    """Where and how models are fetched."""
+    return FetchOptions(
+        cache_dir=environment.cache_dir,
+        download_dir=Path(config.download_dir).expanduser() if config.download_dir else None,
+        offline=environment.offline,
+        hf_token=environment.hf_token,
+        progress=report,
+    )
+
+
+def _load_tokenizer(config: ModelLoadConfig, files: ModelFiles, options: FetchOptions) -> Tokenizer | None:
+    if config.skip_tokenizer_init:
+        return None
+    return Tokenizer.load(files.path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, options))
+
+
+def _size(
+    config: EngineConfig, model: ModelConfig, params: Params, limits: RuntimeLimits
+) -> tuple[MemoryLedger, ModelProgram]:
+    """Choose the number of KV blocks: guess, compile the largest bucket, ask XLA what it takes, correct the guess.
+
+    Raises:
+        OutOfMemoryError: not even one request of `max_model_len` fits.
+    """
+    problem = AttentionProblem(
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        page_size=limits.block_size,
+        dtype=limits.dtype,
+        kv_dtype=limits.dtype,
+        implementation=config.kernels.implementation,
+    )
+    structure = FunctionalModel(lambda: Decoder(model, problem, dtype=limits.dtype))
+    one = KVLayout(1, model.num_kv_heads, limits.block_size, model.head_dim, limits.dtype)
+    useful = limits.max_num_seqs * limits.max_blocks_per_seq
+    weights = sum(array.nbytes for array in params.values())
+
+    def ledger_for(temporaries: int, program: ModelProgram) -> MemoryLedger:
+        return plan_blocks(
+            config.cache,
+            limit=memory_limit(config.cache),
+            weights=weights,
+            temporaries=temporaries,
+            state=program.state_bytes,
+            block=one.page_bytes * model.num_layers,
+            useful_blocks=useful,
+        )
+
+    def program_for(num_blocks: int) -> ModelProgram:
+        return ModelProgram(structure, model, limits, replace(one, num_pages=max(2, num_blocks)))
+
+    guess = ledger_for(0, program_for(1))
+    require_one_request(guess, max_model_len=limits.max_model_len, block_size=limits.block_size)
+    program = program_for(guess.num_blocks)
+    stats = program.lower_forward(program.largest, params).compile().memory_analysis()
+    temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    ledger = ledger_for(temporaries, program)
+    require_one_request(ledger, max_model_len=limits.max_model_len, block_size=limits.block_size)
+    return ledger, program_for(ledger.num_blocks)
+
+
+def _scheduler_limits(config: EngineConfig, limits: RuntimeLimits) -> SchedulerLimits:
+    scheduler = config.scheduler
+    return SchedulerLimits(
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+        block_size=limits.block_size,
+        long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
+        enable_chunked_prefill=scheduler.enable_chunked_prefill,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        policy=scheduler.scheduling_policy,
+        max_num_queued_reqs=scheduler.max_num_queued_reqs,
+        max_num_queued_tokens=scheduler.max_num_queued_tokens,
+    )

@@ -1,0 +1,236 @@
+"""`EngineCore`: the loop plan -> dispatch -> collect -> commit, one step ahead of the device.
+
+    host    plan 1 | plan 2 . commit 1 | plan 3 . commit 2 | …
+    device         [ step 1 ............][ step 2 .........][ step 3 …
+
+While step N runs, the host plans and dispatches N+1 (the token that N samples stays on the device and feeds N+1
+there), then reads N's tokens. With `async_scheduling=False` each step is read before the next is planned. One thread
+drives a core; it is not thread-safe.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import InvalidRequestError
+from engine.metrics import EngineStats
+from engine.output_processor import OutputProcessor, RequestRecord, stamp
+from engine.outputs import RequestOutput
+from engine.requests.request import Request
+from engine.requests.sequence import FinishReason, Sequence
+from engine.runtime.executor import Executor, InFlightStep, PromptScore, StepResult, needs_full_logprobs
+from engine.scheduling.plan import StepPlan
+from engine.scheduling.scheduler import Scheduler
+
+logger = logging.getLogger("quire.core")
+
+
+@dataclass(frozen=True)
+class CoreOptions:
+    """How the loop runs. Attributes: overlap: plan one step ahead of the device."""
+
+    overlap: bool
+
+
+class EngineCore:
+    """Owns the scheduler, the executor and the records of live requests."""
+
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, outputs: OutputProcessor, options: CoreOptions
+    ) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.outputs = outputs
+        self.stats = EngineStats()
+        self._options = options
+        self._records: dict[str, RequestRecord] = {}
+        self._in_flight: deque[InFlightStep] = deque()
+        self._touched: dict[str, RequestRecord] = {}
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequestError: its id is in use.
+            ContextLengthError, QueueFullError: see `Scheduler.add`.
+        """
+        if request.request_id in self._records:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use by a live request.", "request_id")
+        params = request.params
+        sequences = [Sequence(request, index) for index in range(params.n)]
+        for sequence in sequences:
+            sequence.output_logprobs = None if params.logprobs is None else []
+        if params.prompt_logprobs is not None:
+            sequences[0].prompt_logprobs = [None]
+        self.scheduler.add(sequences)
+        self._records[request.request_id] = self.outputs.open(request, sequences)
+        self.stats.on_arrival(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request with finish reason "abort"; its last output comes with the next `step`. False if it is not
+        live.
+        """
+        record = self._records.get(request_id)
+        if record is None:
+            return False
+        self.scheduler.abort(request_id)
+        self._touch(record)
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        """True while `step` has something to do."""
+        return bool(self._touched) or bool(self._in_flight) or self.scheduler.has_work
+
+    def step(self) -> list[RequestOutput]:
+        """Advance by one step.
+
+        Returns:
+            The outputs of requests that have something new to show.
+        """
+        self._dispatch_next()
+        keep = 1 if self._options.overlap else 0
+        # Nothing new to dispatch: read what is in flight, or the pipeline would never drain.
+        if self._in_flight and (len(self._in_flight) > keep or not self._dispatched):
+            self._collect_oldest()
+        return self._drain()
+
+    def _dispatch_next(self) -> None:
+        self._dispatched = False
+        started = time.perf_counter()
+        plan = self.scheduler.plan()
+        planned = time.perf_counter()
+        if plan is None:
+            return
+        now = time.monotonic()
+        for item in plan.items:
+            if item.sequence.scheduled_ts is None:
+                item.sequence.scheduled_ts = now
+        try:
+            self._in_flight.append(self.executor.dispatch(plan))
+        except Exception as error:
+            self._fail_dispatch(plan, error)
+            return
+        self._dispatched = True
+        self.stats.on_dispatch(plan, planned - started, time.perf_counter() - planned)
+
+    def _fail_dispatch(self, plan: StepPlan, error: Exception) -> None:
+        """Steps before this one are sound: read them first. If that fails as well, it has voided this plan already."""
+        failed_before = self.stats.num_failed_steps
+        while self._in_flight:
+            self._collect_oldest()
+        if self.stats.num_failed_steps == failed_before:
+            self._fail(plan, error)
+
+    def _collect_oldest(self) -> None:
+        step = self._in_flight[0]
+        started = time.perf_counter()
+        try:
+            result = self.executor.collect(step)
+        except Exception as error:
+            self._in_flight.clear()  # later steps built on this one
+            self._fail(step.plan, error)
+            return
+        self._in_flight.popleft()
+        collected = time.perf_counter()
+        self._commit(result)
+        self.stats.on_commit(collected - started, time.perf_counter() - collected)
+
+    def _fail(self, plan: StepPlan, error: Exception) -> None:
+        """A step raised: its requests end with an error, the device state is made anew, all others are recomputed."""
+        logger.error("step %d failed: %s", plan.step_id, describe_plan(plan), exc_info=error)
+        for sequence in self.scheduler.fail(plan):
+            record = self._records[sequence.request.request_id]
+            record.error = f"a step of the engine failed: {type(error).__name__}: {error}"
+            self._touch(record)
+        self.executor.reset_state()
+        self.stats.num_failed_steps += 1
+
+    def _commit(self, result: StepResult) -> None:
+        for score in result.prompt_scores:
+            self._commit_prompt_score(score)
+        tokens = result.tokens.tolist()
+        for committed in self.scheduler.commit(result.plan, tokens):
+            sequence = committed.sequence
+            record = self._records[sequence.request.request_id]
+            stamp(sequence)
+            if sequence.output_logprobs is not None:
+                self._commit_logprobs(sequence, committed.token_id, committed.index, result)
+            stop = self.outputs.push(record, sequence, committed.token_id)
+            if stop is not None:
+                self.scheduler.finish(sequence, FinishReason.STOP, stop)
+            self._touch(record)
+
+    def _commit_logprobs(self, sequence: Sequence, token: int, index: int, result: StepResult) -> None:
+        asked = sequence.request.params.logprobs
+        assert asked is not None and sequence.output_logprobs is not None
+        sampled = result.sampled.logprobs
+        assert sampled is not None, "a request with logprobs makes the sampler's variant FULL"
+        chosen, rank = float(sampled.logprob[index]), int(sampled.rank[index])
+        if needs_full_logprobs(asked):
+            assert result.full_logprobs is not None
+            candidates = _candidates(result.full_logprobs[index], asked)
+        else:
+            candidates = (sampled.top_ids[index, :asked].tolist(), sampled.top_logprobs[index, :asked].tolist())
+        sequence.output_logprobs.append(self._position(token, chosen, rank, *candidates))
+        sequence.cumulative_logprob += chosen
+
+    def _commit_prompt_score(self, score: PromptScore) -> None:
+        sequence = score.sequence
+        known, asked = sequence.prompt_logprobs, sequence.request.params.prompt_logprobs
+        assert known is not None and asked is not None
+        scores = score.scores
+        for offset in range(score.count):
+            position = score.first + offset
+            if position != len(known):
+                continue  # computed again after a preemption
+            token = sequence.request.prompt_token_ids[position]
+            if score.full is not None:
+                candidates = _candidates(np.asarray(score.full[offset]), asked)
+            else:
+                candidates = (scores.top_ids[offset, :asked].tolist(), scores.top_logprobs[offset, :asked].tolist())
+            known.append(self._position(token, float(scores.logprob[offset]), int(scores.rank[offset]), *candidates))
+
+    def _position(self, token: int, logprob: float, rank: int, top: list[int], top_logprobs: list[float]) -> dict:
+        """The candidates of one position, the chosen token first, as vLLM orders them."""
+        tokens, logprobs, ranks = [token], [logprob], [rank]
+        for place, (candidate, value) in enumerate(zip(top, top_logprobs, strict=True), start=1):
+            if candidate != token:
+                tokens.append(candidate)
+                logprobs.append(value)
+                ranks.append(place)
+        return self.outputs.describe(tokens, logprobs, ranks)
+
+    def _touch(self, record: RequestRecord) -> None:
+        self._touched[record.request.request_id] = record
+
+    def _drain(self) -> list[RequestOutput]:
+        ready: list[RequestOutput] = []
+        for request_id, record in self._touched.items():
+            output = self.outputs.output(record)
+            if output is not None:
+                ready.append(output)
+            if record.finished:
+                self._records.pop(request_id, None)
+                self.stats.on_finish(record.sequences)
+        self._touched.clear()
+        return ready
+
+
+def _candidates(logprobs: np.ndarray, asked: int) -> tuple[list[int], list[float]]:
+    """The `asked` most probable tokens (-1 = all) of float32[V], best first."""
+    order = np.argsort(-logprobs, kind="stable")[: None if asked == -1 else asked]
+    return order.tolist(), logprobs[order].tolist()
+
+
+def describe_plan(plan: StepPlan) -> str:
+    """What a step was to compute, for the log: `req-3[0]: 17 + 5` means five tokens from position 17 on."""
+    return ", ".join(
+        f"{item.sequence.request.request_id}[{item.sequence.index}]: {item.start} + {item.num_tokens}"
+        for item in plan.items
+    )

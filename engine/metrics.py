@@ -1,0 +1,61 @@
+"""Counters and times of an engine, as plain values. `serving` gives them their Prometheus names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from engine.requests.request import Request
+from engine.requests.sequence import Sequence
+from engine.scheduling.plan import StepPlan
+
+
+@dataclass
+class EngineStats:
+    """Totals since the start. Times in seconds.
+
+    Attributes:
+        num_steps, num_tokens: dispatched steps, and tokens computed in them (prompt and output).
+        num_requests: requests that arrived.
+        prompt_tokens, generation_tokens: of finished sequences.
+        finished: finish reason -> number of sequences.
+        num_failed_steps: steps that raised.
+        plan_s, dispatch_s, collect_s, commit_s: host time in each part of the loop; collect includes waiting for the
+            device.
+    """
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    num_requests: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    num_failed_steps: int = 0
+    plan_s: float = 0.0
+    dispatch_s: float = 0.0
+    collect_s: float = 0.0
+    commit_s: float = 0.0
+
+    def on_arrival(self, request: Request) -> None:
+        """A request was queued."""
+        self.num_requests += 1
+
+    def on_dispatch(self, plan: StepPlan, plan_s: float, dispatch_s: float) -> None:
+        """A step was planned and dispatched."""
+        self.num_steps += 1
+        self.num_tokens += plan.num_tokens
+        self.plan_s += plan_s
+        self.dispatch_s += dispatch_s
+
+    def on_commit(self, collect_s: float, commit_s: float) -> None:
+        """A step was read and its tokens delivered."""
+        self.collect_s += collect_s
+        self.commit_s += commit_s
+
+    def on_finish(self, sequences: Iterable[Sequence]) -> None:
+        """A request ended."""
+        for sequence in sequences:
+            self.prompt_tokens += sequence.num_prompt_tokens
+            self.generation_tokens += len(sequence.output_token_ids)
+            self.finished[str(sequence.finish_reason)] += 1

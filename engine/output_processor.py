@@ -1,0 +1,161 @@
+"""From sampled tokens to `RequestOutput`s: detokenization, stop strings, and what each output kind carries."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
+from engine.requests.request import Request
+from engine.requests.sequence import FinishReason, Sequence
+from engine.sampling_params import RequestOutputKind
+from engine.text.output_text import OutputText
+from engine.text.tokenizer import Tokenizer
+
+
+@dataclass
+class _Completion:
+    """One of the n completions: its sequence, its text, and how much of both the user has seen."""
+
+    sequence: Sequence
+    text: OutputText | None
+    seen_tokens: int = 0
+    seen_text: int = 0
+
+
+@dataclass
+class RequestRecord:
+    """One request on its way out.
+
+    Attributes:
+        request: what was asked.
+        completions: in order of their index.
+        error: why it failed, if it did.
+        reported: True once its final output was made.
+    """
+
+    request: Request
+    completions: list[_Completion] = field(default_factory=list)
+    error: str | None = None
+    reported: bool = False
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The n sequences."""
+        return [c.sequence for c in self.completions]
+
+    @property
+    def finished(self) -> bool:
+        """True once every completion ended."""
+        return all(c.sequence.finished for c in self.completions)
+
+
+class OutputProcessor:
+    """Turns tokens into text and records into outputs. Knows nothing of scheduling: stop strings found are returned,
+    not acted on.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer = tokenizer
+
+    def open(self, request: Request, sequences: list[Sequence]) -> RequestRecord:
+        """Start the record of a request."""
+        record = RequestRecord(request)
+        for sequence in sequences:
+            detokenize = self.tokenizer is not None and request.params.detokenize
+            text = (
+                OutputText(self.tokenizer, request.prompt_token_ids, request.params)
+                if detokenize and self.tokenizer
+                else None
+            )
+            record.completions.append(_Completion(sequence, text))
+        return record
+
+    def push(self, record: RequestRecord, sequence: Sequence, token: int) -> str | None:
+        """Feed a token that was just committed.
+
+        Returns:
+            The stop string that this token completed, or None. If the sequence has not ended otherwise, the caller
+            ends it.
+        """
+        text = record.completions[sequence.index].text
+        if text is None:
+            return None
+        text.push([token], finished=sequence.finished, stop_token=sequence.finish_reason is FinishReason.STOP)
+        return text.stop_match
+
+    def output(self, record: RequestRecord) -> RequestOutput | None:
+        """The output to show now, or None if this request's kind has nothing to show yet. Shows the end exactly
+        once.
+        """
+        kind = record.request.params.output_kind
+        finished = record.finished
+        if record.reported or (kind is RequestOutputKind.FINAL_ONLY and not finished):
+            return None
+        record.reported = finished
+        first = record.completions[0].sequence
+        return RequestOutput(
+            request_id=record.request.request_id,
+            prompt=record.request.prompt,
+            prompt_token_ids=record.request.prompt_token_ids,
+            outputs=[self._completion(c, kind) for c in record.completions],
+            finished=finished,
+            prompt_logprobs=first.prompt_logprobs,
+            num_cached_tokens=first.num_cached_tokens,
+            metrics=_metrics(record),
+            error=record.error,
+        )
+
+    def _completion(self, completion: _Completion, kind: RequestOutputKind) -> CompletionOutput:
+        sequence, text = completion.sequence, completion.text
+        tokens, shown = sequence.output_token_ids, "" if text is None else text.text
+        logprobs = sequence.output_logprobs
+        if kind is RequestOutputKind.DELTA:
+            new_tokens, new_text = tokens[completion.seen_tokens :], shown[completion.seen_text :]
+            logprobs = None if logprobs is None else logprobs[completion.seen_tokens :]
+            completion.seen_tokens, completion.seen_text = len(tokens), len(shown)
+            tokens, shown = new_tokens, new_text
+        return CompletionOutput(
+            index=sequence.index,
+            text=shown,
+            token_ids=tuple(tokens),
+            cumulative_logprob=None if logprobs is None else sequence.cumulative_logprob,
+            logprobs=None if logprobs is None else list(logprobs),
+            finish_reason=None if sequence.finish_reason is None else str(sequence.finish_reason),
+            stop_reason=sequence.stop_reason,
+        )
+
+    def describe(self, token_ids: list[int], logprobs: list[float], ranks: list[int]) -> TokenLogprobs:
+        """One position's candidates as vLLM shows them: token id -> logprob, rank and text."""
+        decode = None if self.tokenizer is None else self.tokenizer.token_text
+        return {
+            token: Logprob(logprob, rank, None if decode is None else decode(token))
+            for token, logprob, rank in zip(token_ids, logprobs, ranks, strict=True)
+        }
+
+
+def _metrics(record: RequestRecord) -> RequestMetrics:
+    sequences = record.sequences
+
+    def first(values: list[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return min(known) if known else None
+
+    last = [s.last_token_ts for s in sequences if s.last_token_ts is not None]
+    return RequestMetrics(
+        arrival_time=record.request.arrival_time,
+        queued_ts=record.request.arrival_time,
+        scheduled_ts=first([s.scheduled_ts for s in sequences]),
+        first_token_ts=first([s.first_token_ts for s in sequences]),
+        last_token_ts=max(last) if last else None,
+        num_generation_tokens=sum(len(s.output_token_ids) for s in sequences),
+        num_preemptions=sum(s.num_preemptions for s in sequences),
+    )
+
+
+def stamp(sequence: Sequence) -> None:
+    """Note the time of a token that was just committed."""
+    now = time.monotonic()
+    if sequence.first_token_ts is None:
+        sequence.first_token_ts = now
+    sequence.last_token_ts = now

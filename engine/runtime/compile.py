@@ -1,0 +1,100 @@
+"""Compiles every executable before the first request, in parallel, with progress, and counts what compiles afterwards
+(nothing must).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import monitoring
+
+from engine.config import CompileConfig
+from engine.runtime.progress import Report
+
+logger = logging.getLogger("quire.compile")
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+MOST_THREADS = 8
+
+
+class CompileCounter:
+    """Counts XLA compilations of this process: those of the start, and those after `ready` (a defect)."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._at_ready: int | None = None
+        monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILE_EVENT:
+            self.total += 1
+            if self._at_ready is not None:
+                logger.warning("compiled for %.2f s after the engine was ready: a shape escaped its bucket", duration_secs)
+
+    def ready(self) -> None:
+        """From now on compilations are defects."""
+        self._at_ready = self.total
+
+    @property
+    def after_ready(self) -> int:
+        """Compilations since `ready`; must stay 0."""
+        return 0 if self._at_ready is None else self.total - self._at_ready
+
+
+COUNTER = CompileCounter()
+
+
+def enable_persistent_cache(config: CompileConfig, default: Path) -> Path | None:
+    """Point JAX's compilation cache at its directory, and keep even fast compilations: a start has dozens of them."""
+    if config.compilation_cache_dir == "":
+        return None
+    path = Path(config.compilation_cache_dir) if config.compilation_cache_dir else default
+    path.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path
+
+
+def compile_all(
+    jobs: Iterable[tuple[Any, str, Callable[[], Any]]], config: CompileConfig, report: Report
+) -> dict[Any, Any]:
+    """Run compile jobs in parallel.
+
+    Args:
+        jobs: (key, name, function that traces, lowers and compiles), most wanted first. Tracing holds the interpreter,
+            compiling does not.
+        report: called after each.
+
+    Returns:
+        key -> executable.
+    """
+    jobs = list(jobs)
+    threads = config.compile_threads or min(MOST_THREADS, os.cpu_count() or 1)
+    done, started, compiled = 0, time.monotonic(), {}
+    lock = threading.Lock()
+    report(0, len(jobs), "")
+    with ThreadPoolExecutor(threads, thread_name_prefix="quire-compile") as pool:
+        futures = {pool.submit(_timed, name, job): (key, name) for key, name, job in jobs}
+        for future in as_completed(futures):
+            key, name = futures[future]
+            compiled[key] = future.result()
+            with lock:
+                done += 1
+            report(done, len(jobs), name)
+    logger.info("compiled %d executables in %.1f s", len(jobs), time.monotonic() - started)
+    return compiled
+
+
+def _timed(name: str, job: Callable[[], Any]) -> Any:
+    started = time.monotonic()
+    executable = job()
+    logger.debug("compiled %s in %.2f s", name, time.monotonic() - started)
+    return executable

@@ -1,0 +1,152 @@
+"""All executables of an engine, compiled ahead of the first request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from engine.config import CompileConfig
+from engine.runtime.buckets import Bucket, BucketTable
+from engine.runtime.compile import compile_all
+from engine.runtime.device_state import ForwardState, SampleState, make_forward_state, make_sample_state
+from engine.runtime.limits import RuntimeLimits
+from engine.runtime.packing import UPDATE_WIDTH, StepLayout
+from engine.runtime.progress import Report
+from engine.runtime.sampling import SamplerVariant, make_state, state_size_bytes, warm_up_rows
+from engine.runtime.sampling.inputs import WIDTH
+from engine.runtime.step import PROMPT_LOGPROB_ROWS, forward, sample_step, score_prompt, update_tables
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.functional import FunctionalModel, Params
+from pallas_kernels.kv_layout import KVLayout
+
+TABLE_UPDATES = 1024  # block table entries per extra update call
+Compiled = Callable[..., Any]
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+@dataclass(frozen=True)
+class ModelProgram:
+    """What executables are made from.
+
+    Attributes:
+        model: the decoder's structure.
+        config: of the decoder.
+        limits: sizes.
+        cache: pages of one layer.
+    """
+
+    model: FunctionalModel[Decoder]
+    config: ModelConfig
+    limits: RuntimeLimits
+    cache: KVLayout
+
+    def make_state(self) -> tuple[ForwardState, SampleState]:
+        """Fresh device state."""
+        rows = self.limits.max_num_seqs
+        forward_state = make_forward_state(self.cache, self.config.num_layers, rows, self.limits.max_blocks_per_seq)
+        sampler = warm_up_rows(make_state(rows, self.config.vocab_size, len(self.config.eos_token_ids)))
+        return forward_state, make_sample_state(rows, sampler)
+
+    def state_shapes(self) -> tuple[ForwardState, SampleState]:
+        """Shapes and dtypes of `make_state`, with no memory behind them."""
+        rows = self.limits.max_num_seqs
+        blocks = self.limits.max_blocks_per_seq
+        forward_state = jax.eval_shape(lambda: make_forward_state(self.cache, self.config.num_layers, rows, blocks))
+        sampler = jax.eval_shape(lambda: make_state(rows, self.config.vocab_size, len(self.config.eos_token_ids)))
+        return forward_state, jax.eval_shape(lambda s: make_sample_state(rows, s), sampler)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the device state besides the KV cache."""
+        rows = self.limits.max_num_seqs
+        tables = (rows + 1) * (self.limits.max_blocks_per_seq + 1) * 4
+        return tables + state_size_bytes(rows, self.config.vocab_size, len(self.config.eos_token_ids))
+
+    @property
+    def buckets(self) -> BucketTable:
+        """The step shapes."""
+        return BucketTable(self.limits.max_num_batched_tokens, self.limits.max_num_seqs)
+
+    def layout(self, bucket: Bucket) -> StepLayout:
+        """The packed array of a bucket."""
+        return StepLayout(bucket, self.limits.block_size, self.limits.max_num_seqs)
+
+    def lower_forward(self, bucket: Bucket, params: Params) -> Any:
+        """Trace and lower the forward pass of one bucket (no device memory is touched: shapes are enough)."""
+        state, _ = self.state_shapes()
+        layout = self.layout(bucket)
+        last_token = jax.ShapeDtypeStruct((self.limits.max_num_seqs + 1,), jnp.int32)
+        packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+        return forward.lower(_shapes(params), state, last_token, packed, model=self.model, layout=layout)
+
+    @property
+    def largest(self) -> Bucket:
+        """The bucket with the most work space."""
+        return max(self.buckets.all())
+
+
+class Executables:
+    """Compiled functions by shape. Looking one up that was not compiled is a defect and raises KeyError."""
+
+    def __init__(self, compiled: dict[Any, Compiled]) -> None:
+        self._compiled = compiled
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def forward(self, bucket: Bucket) -> Compiled:
+        """(params, state, last_token, packed) -> (hidden, logits, sampling, state)."""
+        return self._compiled["forward", bucket]
+
+    def sample(self, num_seqs: int, variant: SamplerVariant) -> Compiled:
+        """(logits, sampling, state) -> (sampled, state)."""
+        return self._compiled["sample", num_seqs, variant]
+
+    @property
+    def score(self) -> Compiled:
+        """(params, hidden [C, E], targets [C]) -> (logits, scores), C = `PROMPT_LOGPROB_ROWS`."""
+        return self._compiled["score"]
+
+    @property
+    def update_tables(self) -> Compiled:
+        """(state, updates) -> state."""
+        return self._compiled["update_tables"]
+
+
+def compile_program(program: ModelProgram, params: Params, config: CompileConfig, report: Report) -> Executables:
+    """Compile every bucket, those first that a first request meets."""
+    forward_state, sampling_state = program.state_shapes()
+    limits, vocab = program.limits, program.config.vocab_size
+    buckets = program.buckets
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    jobs: list[tuple[Any, str, Compiled]] = []
+
+    def job(key: Any, name: str, lower: Callable[[], Any]) -> None:
+        jobs.append((key, name, lambda: lower().compile()))
+
+    for bucket in buckets.all():
+        name = f"forward, {bucket.num_tokens} tokens of {bucket.num_seqs} sequences"
+        job(("forward", bucket), name, partial(program.lower_forward, bucket, params))
+    for seqs in sorted({b.num_seqs for b in buckets.all()}):
+        logits = array((seqs, vocab), jnp.float32)
+        for variant in SamplerVariant:
+            lower = partial(sample_step.lower, logits, array((seqs, WIDTH), jnp.int32), sampling_state, variant=variant)
+            job(("sample", seqs, variant), f"{variant.name.lower()} sampling of {seqs} sequences", lower)
+    hidden = array((PROMPT_LOGPROB_ROWS, program.config.hidden_size), limits.dtype)
+    targets = array((PROMPT_LOGPROB_ROWS,), jnp.int32)
+    job("score", "prompt scores", partial(score_prompt.lower, _shapes(params), hidden, targets, model=program.model))
+    updates = array((TABLE_UPDATES, UPDATE_WIDTH), jnp.int32)
+    job("update_tables", "block table updates", partial(update_tables.lower, forward_state, updates))
+    return Executables(compile_all(jobs, config, report))

@@ -1,0 +1,199 @@
+"""`Executor`: holds weights, device state and executables; dispatches a `StepPlan`, collects what it sampled.
+
+Dispatch returns at once: XLA runs in the background, the host plans the next step meanwhile and collects this one
+later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from engine.requests.sequence import Sequence
+from engine.runtime.device_state import SampleState
+from engine.runtime.executables import TABLE_UPDATES, Executables, ModelProgram
+from engine.runtime.packing import UPDATE_WIDTH, block_updates, pack_step
+from engine.runtime.sampling import (
+    NUM_TOP,
+    LogprobArrays,
+    SampledTokens,
+    choose_variant,
+    needs_state,
+    pack_params,
+    padding_params,
+    reset_row,
+)
+from engine.runtime.sampling.inputs import WIDTH, Column
+from engine.runtime.step import PROMPT_LOGPROB_ROWS
+from engine.scheduling.plan import ScheduledSequence, StepPlan
+from models.functional import Params
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """Logprobs of a part of one sequence's prompt.
+
+    Attributes:
+        sequence: whose prompt.
+        first: position of the first target token.
+        count: targets, at most `PROMPT_LOGPROB_ROWS`.
+        scores: of the targets, as numpy arrays.
+        full: float32[C, V] if the request asks for more candidates than the sampler returns.
+    """
+
+    sequence: Sequence
+    first: int
+    count: int
+    scores: LogprobArrays
+    full: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class InFlightStep:
+    """A dispatched step. Its arrays are promises until `Executor.collect`.
+
+    Attributes:
+        plan: the step.
+        sampled: what was sampled, per sequence of the bucket.
+        logits: float32[S, V] if a sampling sequence asks for more candidates than the sampler returns.
+        hidden: [T, E] if a sequence asks for the logprobs of its prompt.
+    """
+
+    plan: StepPlan
+    sampled: SampledTokens
+    logits: jax.Array | None
+    hidden: jax.Array | None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave, as numpy arrays.
+
+    Attributes:
+        plan: the step.
+        tokens: int32[n], per item of the plan; meaningful where the item samples.
+        sampled: all of the sampler's outputs, rows as the plan's items.
+        full_logprobs: float32[S, V] or None.
+        prompt_scores: parts of prompts that were scored.
+    """
+
+    plan: StepPlan
+    tokens: np.ndarray
+    sampled: SampledTokens
+    full_logprobs: np.ndarray | None
+    prompt_scores: tuple[PromptScore, ...]
+
+
+def needs_full_logprobs(asked: int | None) -> bool:
+    """True if more candidates are asked for than the sampler returns anyway."""
+    return asked is not None and (asked == -1 or asked > NUM_TOP)
+
+
+def _log_softmax(logits: jax.Array) -> np.ndarray:
+    wide = np.asarray(logits, np.float64)
+    wide = wide - wide.max(-1, keepdims=True)
+    return (wide - np.log(np.exp(wide).sum(-1, keepdims=True))).astype(np.float32)
+
+
+class Executor:
+    """Runs steps. One thread drives it."""
+
+    def __init__(self, program: ModelProgram, params: Params, executables: Executables) -> None:
+        self._program = program
+        self._params = params
+        self._run = executables
+        self._row_params = np.zeros((program.limits.max_num_seqs + 1, WIDTH), np.int32)  # per row of the device state
+        self._row_params[-1] = padding_params()
+        self._forward_state, self._sample_state = program.make_state()
+
+    def reset_state(self) -> None:
+        """Make the device state anew, after a step raised and may have lost it. KV blocks and rows start empty."""
+        # Free the old state first: two caches may not fit.
+        jax.tree.map(lambda array: array.delete(), (self._forward_state, self._sample_state))
+        self._forward_state, self._sample_state = self._program.make_state()
+
+    def dispatch(self, plan: StepPlan) -> InFlightStep:
+        """Start one step and return at once."""
+        bucket = self._program.buckets.choose(plan.num_tokens, len(plan.items))
+        layout = self._program.layout(bucket)
+        for item in plan.items:
+            if item.starts_row:
+                self._start_row(item)
+        updates = block_updates(plan.items)
+        updates, overflow = updates[: layout.num_updates], updates[layout.num_updates :]
+        for start in range(0, len(overflow), TABLE_UPDATES):
+            self._update_tables(overflow[start : start + TABLE_UPDATES])
+        sampling_rows = self._sampling_rows(plan, bucket.num_seqs)
+        packed = pack_step(plan, layout, updates, sampling_rows)
+        hidden, logits, sampling, self._forward_state = self._run.forward(bucket)(
+            self._params, self._forward_state, self._sample_state.last_token, packed
+        )
+        variant = choose_variant(sampling_rows)
+        sampled, self._sample_state = self._run.sample(bucket.num_seqs, variant)(logits, sampling, self._sample_state)
+        step = InFlightStep(
+            plan,
+            sampled,
+            logits
+            if any(i.samples and needs_full_logprobs(i.sequence.request.params.logprobs) for i in plan.items)
+            else None,
+            hidden if any(i.sequence.prompt_logprobs is not None for i in plan.items) else None,
+        )
+        jax.tree.map(lambda array: array.copy_to_host_async(), step.sampled)
+        return step
+
+    def collect(self, step: InFlightStep) -> StepResult:
+        """Wait for a step and bring its outputs to the host."""
+        sampled = jax.tree.map(np.asarray, step.sampled)
+        tokens = sampled.token[: len(step.plan.items)]
+        full = None if step.logits is None else _log_softmax(step.logits)
+        scores = () if step.hidden is None else tuple(self._score_prompts(step.plan, np.asarray(step.hidden)))
+        return StepResult(step.plan, tokens, sampled, full, scores)
+
+    def _update_tables(self, updates: list[tuple[int, int, int]]) -> None:
+        packed = np.zeros((TABLE_UPDATES, UPDATE_WIDTH), np.int32)
+        packed[:, 0] = self._program.limits.max_num_seqs
+        packed[: len(updates)] = updates
+        self._forward_state = self._run.update_tables(self._forward_state, packed)
+
+    def _start_row(self, item: ScheduledSequence) -> None:
+        """A sequence takes over a row: keep its parameters, and tell the sampler's state what it needs to know."""
+        sequence = item.sequence
+        self._row_params[item.row] = pack_params(sequence.request, sequence.index)
+        if needs_state(sequence.request):
+            sampler = reset_row(self._sample_state.sampler, item.row, sequence.request, sequence.output_token_ids)
+            self._sample_state = SampleState(self._sample_state.last_token, sampler)
+
+    def _sampling_rows(self, plan: StepPlan, num_seqs: int) -> np.ndarray:
+        """int32[S, W]; sequences that do not sample, and padding, carry the padding row."""
+        padding = self._program.limits.max_num_seqs
+        rows = np.full(num_seqs, padding, np.int32)
+        rows[: len(plan.items)] = [item.row if item.samples else padding for item in plan.items]
+        block = self._row_params[rows]
+        block[:, Column.ROW] = rows
+        block[: len(plan.items), Column.POSITION] = [item.start + item.num_tokens for item in plan.items]
+        return block
+
+    def _score_prompts(self, plan: StepPlan, hidden: np.ndarray) -> Iterator[PromptScore]:
+        """Score the prompt tokens whose predecessors a step computed, for requests that ask for prompt_logprobs."""
+        row = 0
+        for item in plan.items:
+            if item.sequence.prompt_logprobs is not None:
+                yield from self._score_prompt(item, hidden[row : row + item.num_tokens])
+            row += item.num_tokens
+
+    def _score_prompt(self, item: ScheduledSequence, hidden: np.ndarray) -> Iterator[PromptScore]:
+        prompt, params = item.sequence.request.prompt_token_ids, item.sequence.request.params
+        last = min(item.start + item.num_tokens, len(prompt) - 1)  # the targets are positions start + 1 to last
+        for first in range(item.start + 1, last + 1, PROMPT_LOGPROB_ROWS):
+            count = min(PROMPT_LOGPROB_ROWS, last + 1 - first)
+            offset = first - 1 - item.start
+            rows = np.zeros((PROMPT_LOGPROB_ROWS, hidden.shape[1]), hidden.dtype)
+            rows[:count] = hidden[offset : offset + count]
+            targets = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
+            targets[:count] = prompt[first : first + count]
+            logits, scores = self._run.score(self._params, rows, targets)
+            full = _log_softmax(logits) if needs_full_logprobs(params.prompt_logprobs) else None
+            yield PromptScore(item.sequence, first, count, jax.tree.map(np.asarray, scores), full)

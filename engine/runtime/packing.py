@@ -1,0 +1,150 @@
+"""`StepInputs`: all that the host tells the device in one step, as one int32 array.
+
+One transfer per step instead of a dozen; on a GPU one buffer whose address a command buffer can keep. The layout
+depends on the bucket alone, so the device unpacks it with static slices.
+
+    num_seqs | tokens[T] | query_start[S+1] | context_lens[S] | rows[S] | sampling[S, W] | updates[U, 3]
+
+Token -1 means: the token that this row's sequence sampled last, which only the device knows yet. `updates` are new
+entries of the block tables, (row, index, block); row R, one past the last, is where padding goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.runtime.buckets import Bucket
+from engine.runtime.sampling.inputs import WIDTH
+from engine.scheduling.plan import ScheduledSequence, StepPlan
+from pallas_kernels.ragged import RaggedBatch, token_positions, token_sequences
+
+FROM_DEVICE = -1
+UPDATE_WIDTH = 3
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Where each field lies in the packed array of one bucket.
+
+    Attributes:
+        bucket: T tokens, S sequences.
+        page_size: P.
+        num_rows: R, rows of the device state that sequences can own.
+    """
+
+    bucket: Bucket
+    page_size: int
+    num_rows: int
+
+    @property
+    def num_updates(self) -> int:
+        """U: most new blocks that T tokens of S sequences can open, prefix hits aside."""
+        return self.bucket.num_tokens // self.page_size + self.bucket.num_seqs
+
+    @cached_property
+    def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """name -> (offset, shape)."""
+        tokens, seqs = self.bucket.num_tokens, self.bucket.num_seqs
+        shapes = {
+            "num_seqs": (1,),
+            "tokens": (tokens,),
+            "query_start": (seqs + 1,),
+            "context_lens": (seqs,),
+            "rows": (seqs,),
+            "sampling": (seqs, WIDTH),
+            "updates": (self.num_updates, UPDATE_WIDTH),
+        }
+        offset, fields = 0, {}
+        for name, shape in shapes.items():
+            fields[name] = (offset, shape)
+            offset += int(np.prod(shape))
+        return fields
+
+    @cached_property
+    def size(self) -> int:
+        """Length of the packed array, in int32 words."""
+        offset, shape = self.fields["updates"]
+        return offset + int(np.prod(shape))
+
+    def views(self, packed: np.ndarray) -> dict[str, np.ndarray]:
+        """Writable views of each field."""
+        return {name: packed[o : o + int(np.prod(shape))].reshape(shape) for name, (o, shape) in self.fields.items()}
+
+    def unpack(self, packed: jax.Array) -> dict[str, jax.Array]:
+        """The same on the device; call inside jit."""
+        return {name: packed[o : o + int(np.prod(shape))].reshape(shape) for name, (o, shape) in self.fields.items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenRows:
+    """What the forward pass derives from the packed fields: int32[T] each, and int32[S] logit rows."""
+
+    token_ids: jax.Array
+    positions: jax.Array
+    logit_rows: jax.Array
+    batch: RaggedBatch
+
+
+def token_rows(fields: dict[str, jax.Array], block_tables: jax.Array, last_token: jax.Array) -> TokenRows:
+    """Positions, token ids and the ragged batch of one step.
+
+    Args:
+        fields: from `StepLayout.unpack`.
+        block_tables: int32[R+1, B], this step's updates included.
+        last_token: int32[R+1], the token that each row sampled last.
+    """
+    rows, num_tokens = fields["rows"], fields["tokens"].shape[0]
+    batch = RaggedBatch(fields["query_start"], fields["context_lens"], block_tables[rows], fields["num_seqs"][0])
+    tokens = fields["tokens"]
+    tokens = jnp.where(tokens == FROM_DEVICE, last_token[rows[token_sequences(batch, num_tokens)]], tokens)
+    last_rows = jnp.maximum(fields["query_start"][1:] - 1, 0)
+    return TokenRows(tokens, token_positions(batch, num_tokens), last_rows, batch)
+
+
+def block_updates(items: Iterable[ScheduledSequence]) -> list[tuple[int, int, int]]:
+    """(row, index, block) of every block table entry that the device does not know yet."""
+    updates = []
+    for item in items:
+        table = item.sequence.block_table
+        updates += [(item.row, index, table[index]) for index in range(item.first_new_block, len(table))]
+    return updates
+
+
+def pack_step(
+    plan: StepPlan, layout: StepLayout, updates: Sequence[tuple[int, int, int]], sampling: np.ndarray
+) -> np.ndarray:
+    """The packed array of one step. A fresh one each time: on CPU, JAX may read the memory in place while the step
+    runs.
+
+    Args:
+        plan: what to run; must fit the layout's bucket.
+        updates: at most `layout.num_updates` block table entries.
+        sampling: int32[S, W], sampling parameters, padding included.
+    """
+    packed = np.zeros(layout.size, np.int32)
+    views = layout.views(packed)
+    count = len(plan.items)
+    views["num_seqs"][0] = count
+    lengths, offset, tokens = [], 0, views["tokens"]
+    for item in plan.items:
+        stop = offset + item.num_tokens
+        tokens[offset:stop] = item.sequence.token_ids(item.start, item.start + item.num_tokens)
+        lengths.append(item.num_tokens)
+        offset = stop
+    views["query_start"][1 : count + 1] = np.cumsum(lengths)
+    views["query_start"][count + 1 :] = offset
+    views["context_lens"][:count] = [item.start + item.num_tokens for item in plan.items]
+    views["rows"][:] = layout.num_rows
+    views["rows"][:count] = [item.row for item in plan.items]
+    views["sampling"][:] = sampling
+    views["updates"][:, 0] = layout.num_rows
+    if updates:
+        views["updates"][: len(updates)] = updates
+    return packed

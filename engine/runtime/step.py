@@ -1,0 +1,97 @@
+"""The functions of one step: `forward`, then `sample`. Pure, fixed shapes, state donated by name.
+
+Two executables rather than one (docs/decisions/0001): the forward pass comes in (tokens, sequences) buckets, sampling
+in (sequences, variant) buckets, and their product would multiply compilation; and a grammar mask can be built on the
+host while the forward pass runs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from engine.runtime.device_state import ForwardState, SampleState
+from engine.runtime.packing import StepLayout, token_rows
+from engine.runtime.sampling import LogprobArrays, SampledTokens, SamplerVariant, prompt_logprobs, sample, unpack
+from models.decoder import Decoder
+from models.functional import FunctionalModel, Params
+from models.inputs import ForwardInputs
+
+PROMPT_LOGPROB_ROWS = 32  # rows of logits held at a time while scoring a prompt
+
+
+@partial(jax.jit, static_argnames=("model", "layout"), donate_argnames=("state",))
+def forward(
+    params: Params,
+    state: ForwardState,
+    last_token: jax.Array,
+    packed: jax.Array,
+    *,
+    model: FunctionalModel[Decoder],
+    layout: StepLayout,
+) -> tuple[jax.Array, jax.Array, jax.Array, ForwardState]:
+    """Run the model over one packed batch.
+
+    Args:
+        params: the weights.
+        state: donated.
+        last_token: int32[R+1].
+        packed: int32[layout.size].
+
+    Returns:
+        hidden [T, E] after the final norm; logits float32[S, V] of each sequence's last token row; sampling parameters
+        int32[S, W]; the advanced state.
+    """
+    fields = layout.unpack(packed)
+    updates = fields["updates"]
+    tables = state.block_tables.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="promise_in_bounds")
+    rows = token_rows(fields, tables, last_token)
+    bound = model.bind(params)
+    hidden, cache = bound(ForwardInputs(rows.token_ids, rows.positions, rows.logit_rows, rows.batch), state.cache)
+    logits = bound.logits(hidden[rows.logit_rows])
+    return hidden, logits, fields["sampling"], ForwardState(cache, tables)
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def update_tables(state: ForwardState, updates: jax.Array) -> ForwardState:
+    """Write int32[U, 3] (row, index, block) entries when a step has more of them than its packed array holds (prefix
+    cache hits).
+    """
+    tables = state.block_tables.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="promise_in_bounds")
+    return ForwardState(state.cache, tables)
+
+
+@partial(jax.jit, static_argnames=("variant",), donate_argnames=("state",))
+def sample_step(
+    logits: jax.Array, sampling: jax.Array, state: SampleState, *, variant: SamplerVariant
+) -> tuple[SampledTokens, SampleState]:
+    """Sample one token per sequence and remember it in the sequence's row.
+
+    Args:
+        logits: float32[S, V].
+        sampling: int32[S, W]; sequences that do not sample in this step carry the padding row.
+        state: donated.
+    """
+    inputs = unpack(sampling)
+    sampled, sampler = sample(logits, inputs, state.sampler, variant)
+    last_token = state.last_token.at[inputs.row].set(sampled.token, mode="promise_in_bounds")
+    return sampled, SampleState(last_token, sampler)
+
+
+@partial(jax.jit, static_argnames=("model",))
+def score_prompt(
+    params: Params, hidden: jax.Array, targets: jax.Array, *, model: FunctionalModel[Decoder]
+) -> tuple[jax.Array, LogprobArrays]:
+    """Logprobs of known tokens, `PROMPT_LOGPROB_ROWS` rows at a time.
+
+    Args:
+        hidden: [C, E], of the positions before the targets.
+        targets: int32[C], the tokens that actually follow.
+
+    Returns:
+        float32[C, V] logits, and the targets' scores.
+    """
+    logits = model.bind(params).logits(hidden)
+    return logits, prompt_logprobs(logits, targets)
