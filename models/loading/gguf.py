@@ -1,8 +1,7 @@
 """GGUF files as checkpoints: the config (`gguf_config`) and the tensors under Hugging Face's names and layouts.
 
 llama.cpp stores the same matrices under its own names, most of them quantized in blocks along each row, and for some
-architectures
-with the rows of q and k reordered. A reader gets float32 in the layout of `model.safetensors`.
+architectures with the rows of q and k reordered. A reader gets float32 in the layout of `model.safetensors`.
 """
 
 from __future__ import annotations
@@ -77,8 +76,7 @@ class GgufTensors:
 
     Raises:
         UnsupportedModelError: on construction, if the architecture is not supported, a tensor has no counterpart in
-            it, or is
-            stored in a type that cannot be dequantized.
+            it, or is stored in a type that cannot be dequantized.
     """
 
     def __init__(self, file: GgufFile) -> None:

@@ -19,8 +19,7 @@ from models.loading.gguf_file import GgufFile
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
-# Keys that change what the model computes and that no supported family has. Each is refused unless it says "nothing
-# happens".
+# Keys that change what the model computes and that no supported family has; refused unless the value changes nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "attention.scale": (0.0,),

@@ -1,10 +1,9 @@
 """The GGUF container: header, metadata and tensor table of one file (or of all parts of a split one).
 
 The `gguf` package knows the types and the dequantization; its reader, though, makes numpy views for each of the
-hundreds of
-thousands of strings of a vocabulary, which takes seconds. This one walks the header once, checks every bound, and
-says in one
-sentence what is wrong with a file. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+hundreds of thousands of strings of a vocabulary, which takes seconds. This one walks the header once, checks every
+bound, and says in one sentence what is wrong with a file. Format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ class GgufTensor:
         Only for types that the `gguf` package can dequantize: `models.loading.gguf.SUPPORTED_KINDS` is checked before.
         """
         block, block_bytes = GGML_QUANT_SIZES[self.kind]
-        # In rows, because the package works on a few rows at a time: a flat array would make temporaries of its full
-        # size.
+        # In rows, because the package works on a few rows at a time: a flat array would make temporaries as large.
         rows = self.data.reshape(-1, self.shape[-1] // block * block_bytes)
         return np.asarray(dequantize(rows, self.kind), dtype=np.float32).reshape(self.shape)
 

@@ -2,8 +2,7 @@
 
 A GGUF file has the vocabulary, the merges (or scores) and a type for each token, but of the splitting rule only a name
 (`tokenizer.ggml.pre`), and nothing of normalizer and decoder. Names are looked up here; the rules are those of the
-original
-`tokenizer.json` files. A rule that is not here is refused: a similar one would give wrong ids without a word.
+original `tokenizer.json` files. A rule that is not here is refused: a similar one would give wrong ids without a word.
 """
 
 from __future__ import annotations

@@ -36,8 +36,7 @@ class ModelFiles:
 
     Attributes:
         kind: `directory` (config.json, safetensors), `gguf` (one file, or the first part of a split one), `orbax` (a
-            checkpoint
-            that Quire saved).
+            checkpoint that Quire saved).
         path: the directory or file.
     """
 
@@ -101,8 +100,7 @@ def resolve_model(reference: str, options: FetchOptions, revision: str | None = 
 
 
 def resolve_tokenizer(reference: str, options: FetchOptions, revision: str | None = None) -> Path:
-    """Find a tokenizer of its own: a directory with tokenizer.json, a `.gguf` file, or a hub id (no weights are
-    downloaded).
+    """Find a tokenizer of its own: a directory, a `.gguf` file, or a hub id (no weights are downloaded).
 
     Raises:
         ModelNotFoundError: it means nothing, or cannot be fetched.

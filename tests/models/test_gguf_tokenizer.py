@@ -33,7 +33,8 @@ def byte_level_metadata(pre: str | None = "gpt-2") -> dict[str, Any]:
 
 def sentence_piece_metadata() -> dict[str, Any]:
     singles = ["▁", *"abehot!"]
-    words = {"th": -1.0, "▁b": -2.0, "▁th": -3.0, "at": -4.0, "▁the": -5.0, "oat": -6.0, "▁boat": -7.0, "aa": -8.0}
+    words = {"▁boat": -7.0, "oa": -9.0, "th": -1.0, "▁b": -2.0, "▁th": -3.0, "oat": -6.0, "at": -4.0, "▁the": -5.0}
+    words["aa"] = -8.0
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words, *singles]
     scores = [0.0] * 259 + list(words.values()) + [-100.0 - index for index in range(len(singles))]
     return {
@@ -146,6 +147,7 @@ def test_sentence_piece() -> None:
     tokenizer = rebuild(sentence_piece_metadata())
     assert texts(tokenizer, "the boat") == ["<s>", "▁the", "▁boat"]
     assert texts(tokenizer, "aaa é!", special=False) == ["▁", "aa", "a", "▁", "<0xC3>", "<0xA9>", "!"]
+    assert texts(tokenizer, "oaa", special=False) == ["▁", "o", "aa"]  # aa (-8) before oa (-9)
     ids = tokenizer.backend.encode("the boat  é!").ids
     assert tokenizer.backend.decode(ids) == "the boat  é!"
     bare = rebuild(sentence_piece_metadata() | {"tokenizer.ggml.add_space_prefix": False})

