@@ -87,6 +87,11 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
         QuireError: of the kind that fits: model not found, unsupported, damaged, settings that contradict, not enough
             memory.
     """
+    with COUNTER.building():
+        return _build(config)
+
+
+def _build(config: EngineConfig) -> BuiltEngine:
     environment, started = Environment.read(), time.monotonic()
     show = config.compile.show_progress
     with progress_bar("fetching", show=show) as report:
@@ -107,7 +112,6 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
     with progress_bar("compiling", show=show) as report:
         executables = compile_program(program, loaded.params, config.compile, report)
     executor = Executor(program, loaded.params, executables)
-    COUNTER.ready()
     times = StartTimes(resolved - started, loaded_at - resolved, time.monotonic() - loaded_at)
     core = EngineCore(
         Scheduler(_scheduler_limits(config, limits), BlockPool(ledger.num_blocks)),

@@ -8,8 +8,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,26 @@ MOST_THREADS = 8
 
 
 class CompileCounter:
-    """Counts XLA compilations of this process: those of the start, and those after `ready` (a defect)."""
+    """Counts XLA compilations of this process outside of `building` blocks: once an engine is ready they are defects."""
 
     def __init__(self) -> None:
-        self.total = 0
-        self._at_ready: int | None = None
+        self.after_ready = 0
+        self._num_building = 0
         monitoring.register_event_duration_secs_listener(self._on_event)
 
     def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event == COMPILE_EVENT:
-            self.total += 1
-            if self._at_ready is not None:
-                logger.warning("compiled for %.2f s after the engine was ready: a shape escaped its bucket", duration_secs)
+        if event == COMPILE_EVENT and self._num_building == 0:
+            self.after_ready += 1
+            logger.warning("compiled for %.2f s after the engine was ready: a shape escaped its bucket", duration_secs)
 
-    def ready(self) -> None:
-        """From now on compilations are defects."""
-        self._at_ready = self.total
-
-    @property
-    def after_ready(self) -> int:
-        """Compilations since `ready`; must stay 0."""
-        return 0 if self._at_ready is None else self.total - self._at_ready
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """An engine is being built: compilations are expected."""
+        self._num_building += 1
+        try:
+            yield
+        finally:
+            self._num_building -= 1
 
 
 COUNTER = CompileCounter()

@@ -145,6 +145,7 @@ class _Options:
     soft_cap: float | None
 
     def scores(self, scores: jax.Array, visible: jax.Array) -> jax.Array:
+        scores = scores * self.scale
         if self.soft_cap is not None:
             scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
         return jnp.where(visible, scores, MASKED)
@@ -164,6 +165,12 @@ def _gather(rows: jax.Array, page_ids: jax.Array, num_kv_heads: int, which: int)
     heads = jnp.arange(num_kv_heads, dtype=jnp.int32)
     index = (page_ids[..., None, :] * 2 + which) * num_kv_heads + heads[:, None]
     return rows.at[index].get(mode="clip")
+
+
+def _tile_dtype(q: jax.Array, pages: jax.Array) -> Any:
+    """dtype of a tile's operands: bfloat16 stays (its dots run at twice the speed and its products are exact in the
+    float32 sums), everything else is float32 (float16 dots are slow on CPU, and would overflow)."""
+    return jnp.bfloat16 if q.dtype == pages.dtype == jnp.bfloat16 else jnp.float32
 
 
 def _online(carry: tuple, scores: jax.Array, values: jax.Array, product: str) -> tuple:
@@ -199,7 +206,8 @@ def _run_rows(q: jax.Array, pages: jax.Array, plan: Plan, problem: Any, options:
     chunk_pages = _chunk_pages(ROW_CHUNK, problem.page_size)
     chunk = chunk_pages * problem.page_size
     rows = rows_view(pages)
-    ordered = (q.astype(jnp.float32) * options.scale)[plan.order].reshape(-1, kv_heads, heads // kv_heads, dim)
+    # float32 operands for every dtype: with few query rows a bfloat16 dot is slower than converting while gathering.
+    ordered = q.astype(jnp.float32)[plan.order].reshape(-1, kv_heads, heads // kv_heads, dim)
 
     def one_group(index: jax.Array, out: jax.Array) -> jax.Array:
         queries = lax.dynamic_slice_in_dim(ordered, index * group, group)
@@ -233,7 +241,8 @@ def _run_tiles(q: jax.Array, pages: jax.Array, plan: Plan, problem: Any, options
     chunk_pages = _chunk_pages(TILE_CHUNK, problem.page_size)
     chunk = chunk_pages * problem.page_size
     rows = rows_view(pages)
-    padded = jnp.pad(q.astype(jnp.float32) * options.scale, ((0, tile), (0, 0), (0, 0)))
+    operand = _tile_dtype(q, pages)
+    padded = jnp.pad(q.astype(operand), ((0, tile), (0, 0), (0, 0)))
     batch = plan.batch
 
     def one_tile(index: jax.Array, out: jax.Array) -> jax.Array:
@@ -251,11 +260,12 @@ def _run_tiles(q: jax.Array, pages: jax.Array, plan: Plan, problem: Any, options
             ids = lax.dynamic_slice_in_dim(table, step * chunk_pages, chunk_pages)
             key_position = step * chunk + jnp.arange(chunk, dtype=jnp.int32)
             visible = options.visible(key_position, position[:, None])  # [tile, C]
-            keys = _gather(rows, ids, kv_heads, 0).astype(jnp.float32).reshape(kv_heads, chunk, dim)
-            values = _gather(rows, ids, kv_heads, 1).astype(jnp.float32).reshape(kv_heads, chunk, dim)
-            values = jnp.where((key_position < batch.context_lens[sequence])[:, None], values, 0.0)
-            scores = jnp.einsum("kmd,kcd->kmc", queries, keys).reshape(kv_heads, queries_per_kv, tile, chunk)
-            scores = options.scores(scores, visible).reshape(kv_heads, queries_per_kv * tile, chunk)
+            keys = _gather(rows, ids, kv_heads, 0).astype(operand).reshape(kv_heads, chunk, dim)
+            values = _gather(rows, ids, kv_heads, 1).astype(operand).reshape(kv_heads, chunk, dim)
+            values = jnp.where((key_position < batch.context_lens[sequence])[:, None], values, 0)
+            scores = jnp.einsum("kmd,kcd->kmc", queries, keys, preferred_element_type=jnp.float32)
+            scores = options.scores(scores.reshape(kv_heads, queries_per_kv, tile, chunk), visible)
+            scores = scores.reshape(kv_heads, queries_per_kv * tile, chunk)
             return _online(carry, scores, values, "kmc,kcd->kmd")
 
         first = options.first_chunk(jnp.maximum(position[0], 0), chunk)
