@@ -6,8 +6,8 @@ Two loops with trip counts known only at run time:
 - *Rows.* Token rows of sequences with few new tokens (decode, drafts) are sorted by context and taken in groups. A
   group walks over its contexts in chunks of `ROW_CHUNK` tokens with an online softmax; sorting keeps the lengths
   within a group alike, so little is wasted.
-- *Tiles.* Longer runs of new tokens (prefill chunks) are cut into tiles of query rows of one sequence. A tile walks
-  over that sequence's chunks up to its own last position: blocks above the diagonal cost nothing.
+- *Tiles.* Longer runs of new tokens (prefill chunks) are cut into tiles of query rows of one sequence, of two sizes.
+  A tile walks over that sequence's chunks up to its own last position: blocks above the diagonal cost nothing.
 
 Both gather pages by rows of `kv_layout.rows_view`, whose runs of P*D elements XLA on CPU copies at memory speed
 (measured: 3-D gathers take twice as long). A batch without one kind runs zero trips of its loop. Chunk boundaries are
@@ -17,6 +17,7 @@ absolute positions, so every row is summed in the same order whatever batch it i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,14 +31,33 @@ ROW_LIMIT = 4  # sequences with at most this many new tokens go row by row
 ROW_GROUP = 16
 ROW_CHUNK = 128
 TILE_ROWS = 128
+SHORT_TILE_ROWS = 32  # for sequences with at most SHORT_LIMIT new tokens, which would leave most of a long tile empty
+SHORT_LIMIT = 64
 TILE_CHUNK = 512
 MASKED = -1e30  # finite: exp(MASKED - MASKED) must not be NaN in rows that see nothing yet
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("count", "sequence", "start"), meta_fields=("rows",))
+@dataclass(frozen=True)
+class TileList:
+    """Tiles of one size.
+
+    Attributes:
+        count: int32[], how many of the entries are tiles.
+        sequence, start: int32[I], the sequence and first token row of each tile.
+        rows: static; query rows per tile. The last tile of a sequence may reach beyond its end.
+    """
+
+    count: jax.Array
+    sequence: jax.Array
+    start: jax.Array
+    rows: int
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Plan:
-    """Work lists of one step. T token rows, padded to groups; S sequences; I tiles.
+    """Work lists of one step. T token rows, padded to groups; S sequences.
 
     Attributes:
         order: int32[T'], token rows, those of the row loop first, longest context first.
@@ -45,8 +65,8 @@ class Plan:
         row_position, row_tables: int32[T'], int32[T', B'] of the ordered rows; position -1 for rows that the loop
             skips.
         by_row: bool[T], rows that take their result from the row loop.
-        num_row_groups, num_tiles: int32[], trip counts.
-        tile_sequence, tile_start: int32[I], the sequence and first token row of each tile.
+        num_row_groups: int32[], trip count of the row loop.
+        tiles: the long and the short tiles.
         tables: int32[S, B'], block tables padded to whole chunks.
         batch: the batch itself.
     """
@@ -57,9 +77,7 @@ class Plan:
     row_tables: jax.Array
     by_row: jax.Array
     num_row_groups: jax.Array
-    num_tiles: jax.Array
-    tile_sequence: jax.Array
-    tile_start: jax.Array
+    tiles: tuple[TileList, ...]
     tables: jax.Array
     batch: RaggedBatch
 
@@ -74,6 +92,20 @@ def _chunk_pages(chunk: int, page_size: int) -> int:
 
 def _has_tiles(num_tokens: int) -> bool:
     return num_tokens > ROW_LIMIT
+
+
+def _tile_list(batch: RaggedBatch, lengths: jax.Array, tile_rows: int, num_tokens: int) -> TileList:
+    """Cut the first `lengths` (int32[S], 0 = not in this list) token rows of each sequence into tiles."""
+    tile = min(tile_rows, num_tokens)
+    num_seqs = lengths.shape[0]
+    tiles = (lengths + tile - 1) // tile
+    ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    most = num_tokens // tile + min(num_seqs, num_tokens // (ROW_LIMIT + 1) + 1)
+    ids = jnp.arange(most, dtype=jnp.int32)
+    found = jnp.searchsorted(ends, ids, side="right", method="compare_all")
+    sequence = jnp.minimum(found, num_seqs - 1).astype(jnp.int32)
+    start = batch.query_start[sequence] + (ids - (ends - tiles)[sequence]) * tile
+    return TileList(ends[-1], sequence, start, tile)
 
 
 def plan(batch: RaggedBatch, num_tokens: int, problem: Any) -> Plan:
@@ -95,15 +127,8 @@ def plan(batch: RaggedBatch, num_tokens: int, problem: Any) -> Plan:
     padding = jnp.arange(order.shape[0]) >= num_tokens
     num_by_row = by_row.sum(dtype=jnp.int32)
 
-    tiles = jnp.where(lengths > ROW_LIMIT, (lengths + TILE_ROWS - 1) // TILE_ROWS, 0)
-    tiles = jnp.where(jnp.arange(num_seqs) < batch.num_seqs, tiles, 0)
-    ends = jnp.cumsum(tiles, dtype=jnp.int32)
-    most = num_tokens // TILE_ROWS + min(num_seqs, num_tokens // (ROW_LIMIT + 1) + 1)
-    ids = jnp.arange(most, dtype=jnp.int32)
-    tile_sequence = jnp.minimum(jnp.searchsorted(ends, ids, side="right", method="compare_all"), num_seqs - 1).astype(
-        jnp.int32
-    )
-    tile_start = batch.query_start[tile_sequence] + (ids - (ends - tiles)[tile_sequence]) * TILE_ROWS
+    by_tile = jnp.where(jnp.arange(num_seqs) < batch.num_seqs, lengths, 0) * (lengths > ROW_LIMIT)
+    short = by_tile * (by_tile <= SHORT_LIMIT)
     return Plan(
         order=order,
         inverse=inverse,
@@ -111,9 +136,10 @@ def plan(batch: RaggedBatch, num_tokens: int, problem: Any) -> Plan:
         row_tables=tables[sequence[order]],
         by_row=by_row,
         num_row_groups=(num_by_row + group - 1) // group,
-        num_tiles=ends[-1],
-        tile_sequence=tile_sequence,
-        tile_start=tile_start,
+        tiles=tuple(
+            _tile_list(batch, part, tile, num_tokens)
+            for part, tile in ((by_tile - short, TILE_ROWS), (short, SHORT_TILE_ROWS))
+        ),
         tables=tables,
         batch=batch,
     )
@@ -134,7 +160,10 @@ def run(
     by_row = _run_rows(q, pages, plan, problem, options)
     if not _has_tiles(q.shape[0]):
         return by_row
-    by_tile = _run_tiles(q, pages, plan, problem, options)
+    by_tile = jnp.zeros((q.shape[0] + max(tiles.rows for tiles in plan.tiles), *q.shape[1:]), q.dtype)
+    for tiles in plan.tiles:
+        by_tile = _run_tiles(q, pages, plan, tiles, by_tile, problem, options)
+    by_tile = by_tile[: q.shape[0]]
     return jnp.where(plan.by_row[:, None, None], by_row, by_tile)
 
 
@@ -234,9 +263,12 @@ def _run_rows(q: jax.Array, pages: jax.Array, plan: Plan, problem: Any, options:
     return out[plan.inverse].reshape(q.shape)
 
 
-def _run_tiles(q: jax.Array, pages: jax.Array, plan: Plan, problem: Any, options: _Options) -> jax.Array:
-    num_tokens, heads, dim = q.shape
-    kv_heads, tile = problem.num_kv_heads, min(TILE_ROWS, num_tokens)
+def _run_tiles(
+    q: jax.Array, pages: jax.Array, plan: Plan, tiles: TileList, out: jax.Array, problem: Any, options: _Options
+) -> jax.Array:
+    """Write the results of one list of tiles into `out`, whose last rows take what reaches beyond the batch."""
+    heads, dim = q.shape[1:]
+    kv_heads, tile = problem.num_kv_heads, tiles.rows
     queries_per_kv = heads // kv_heads
     chunk_pages = _chunk_pages(TILE_CHUNK, problem.page_size)
     chunk = chunk_pages * problem.page_size
@@ -246,11 +278,10 @@ def _run_tiles(q: jax.Array, pages: jax.Array, plan: Plan, problem: Any, options
     batch = plan.batch
 
     def one_tile(index: jax.Array, out: jax.Array) -> jax.Array:
-        sequence, start = plan.tile_sequence[index], plan.tile_start[index]
+        sequence, start = tiles.sequence[index], tiles.start[index]
         last_row = batch.query_start[sequence + 1] - 1
         position = batch.context_lens[sequence] - 1 - last_row + start + jnp.arange(tile, dtype=jnp.int32)
-        # Rows past the sequence's end belong to its neighbours: they see nothing here, and their own tile or the row
-        # loop comes later.
+        # Rows past the sequence's end belong to its neighbours: they see nothing here and are not written.
         position = jnp.where(start + jnp.arange(tile) <= last_row, position, -1)
         queries = lax.dynamic_slice_in_dim(padded, start, tile).reshape(tile, kv_heads, queries_per_kv, dim)
         queries = queries.transpose(1, 2, 0, 3).reshape(kv_heads, queries_per_kv * tile, dim)
@@ -271,7 +302,9 @@ def _run_tiles(q: jax.Array, pages: jax.Array, plan: Plan, problem: Any, options
         first = options.first_chunk(jnp.maximum(position[0], 0), chunk)
         carry = lax.fori_loop(first, position.max() // chunk + 1, one_chunk, _empty(queries.shape[:2], dim))
         result = _finish(carry).reshape(kv_heads, queries_per_kv, tile, dim).transpose(2, 0, 1, 3)
-        return lax.dynamic_update_slice_in_dim(out, result.reshape(tile, heads, dim).astype(out.dtype), start, axis=0)
+        result = result.reshape(tile, heads, dim).astype(out.dtype)
+        current = lax.dynamic_slice_in_dim(out, start, tile)
+        result = jnp.where((position >= 0)[:, None, None], result, current)
+        return lax.dynamic_update_slice_in_dim(out, result, start, axis=0)
 
-    out = jnp.zeros((num_tokens + tile, heads, dim), q.dtype)
-    return lax.fori_loop(0, plan.num_tiles, one_tile, out)[:num_tokens]
+    return lax.fori_loop(0, tiles.count, one_tile, out)
