@@ -1,0 +1,82 @@
+"""What the commands need of an engine (`EngineLike`), and the one place that loads the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from engine.config import EngineConfig
+from engine.outputs import RequestOutput
+from engine.runtime.progress import Report
+from engine.sampling_params import SamplingParams
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+class EngineLike(Protocol):
+    """The part of `engine.Engine` that the commands use; tests bring a small one of their own."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def generate(
+        self,
+        prompts: Sequence[str | list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams],
+        *,
+        use_tqdm: bool = ...,
+    ) -> list[RequestOutput]:
+        """Run all prompts as one batch, with one `SamplingParams` for all or one each; outputs in prompt order."""
+        ...
+
+    def stream(self, prompt: str | list[int], params: SamplingParams) -> Generator[RequestOutput]:
+        """Yield what is new of one request, until `finished`; closing the generator aborts the request.
+
+        Raises:
+            InvalidRequestError: the request is refused.
+            RequestFailedError: a step failed.
+        """
+        ...
+
+    def apply_chat_template(self, messages: list[Message]) -> list[int]:
+        """The token ids of a conversation, up to where the assistant's next answer begins."""
+        ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """What runs. Read here: `implementations` (operation → name), `device`, `dtype`, `vocab_size`."""
+        ...
+
+    def metrics(self) -> Mapping[str, Any]:
+        """Counters since the start. They go into benchmark results as they are."""
+        ...
+
+
+class EngineFactory(Protocol):
+    """Makes an engine from a model reference and flat settings (`EngineConfig.from_flat`)."""
+
+    def __call__(self, model: str, **settings: Any) -> EngineLike: ...
+
+
+# Writes the model of a configuration into a folder that does not exist yet, reporting how far it is.
+ModelConverter = Callable[[EngineConfig, Path, Report], None]
+
+
+def create_engine(model: str, **settings: Any) -> EngineLike:
+    """Load a model and make it ready to serve."""
+    # Imported late on purpose: this import loads jax, which takes longer than `--help` or a wrong flag may take.
+    from engine import Engine
+
+    return Engine(model, **settings)
+
+
+def convert_model(config: EngineConfig, out: Path, progress: Report) -> None:
+    """Write the model of `config` to the folder `out`, with fused, ready-to-serve weights."""
+    # Imported late on purpose, as in `create_engine`.
+    from engine.convert import convert_model as convert
+
+    convert(config, out, progress)

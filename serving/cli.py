@@ -1,0 +1,143 @@
+"""The `quire` command: parser, dispatch, errors and exit codes.
+
+Answers are on stdout; logs, progress and errors are on stderr. A user's fault is one line, `quire: error: …`, and exit
+code 2 (`--debug` shows where it came from); `serving/errors.py` has the other exit codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from io import TextIOWrapper
+
+from engine.errors import QuireError
+from serving.backend import EngineFactory, ModelConverter, convert_model, create_engine
+from serving.bench import latency, throughput
+from serving.commands import chat, convert, generate
+from serving.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, exit_code
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+OWN_LOGGERS = ("quire", "engine", "models", "pallas_kernels", "serving")
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    engine_factory: EngineFactory = create_engine,
+    converter: ModelConverter = convert_model,
+) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after the program's name; None = those of the process.
+        engine_factory: makes the engine from a model reference and flat settings.
+        converter: does the work of `quire convert`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: `--help`, `--version`, or arguments that cannot be parsed (argparse's own ways).
+    """
+    args = build_parser(engine_factory, converter).parse_args(argv)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?", not an error
+    try:
+        with _logs_on_stderr(args.log_level):
+            code = args.run(args)
+            sys.stdout.flush()  # here, where a reader that has gone is still caught
+            return code
+    except QuireError as error:
+        if args.debug:
+            raise
+        print(f"quire: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return exit_code(error)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has gone. Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def build_parser(engine_factory: EngineFactory, converter: ModelConverter) -> argparse.ArgumentParser:
+    """The parser of all commands. `args.run(args)` of what it parses runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="quire", description="Quire: LLM inference and serving on JAX and XLA.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action=_ShowVersion)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    generate.set_up(_command(commands, "generate", generate.SUMMARY), engine_factory)
+    chat.set_up(_command(commands, "chat", chat.SUMMARY), engine_factory)
+    bench = commands.add_parser("bench", help="measure speed", description="Measure the engine's speed.")
+    measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
+    latency.set_up(_command(measurements, "latency", latency.SUMMARY), engine_factory)
+    throughput.set_up(_command(measurements, "throughput", throughput.SUMMARY), engine_factory)
+    convert.set_up(_command(commands, "convert", convert.SUMMARY), converter)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        allow_abbrev=False,  # so that a script does not break when a new flag makes one ambiguous
+    )
+    parser.add_argument(
+        "--log-level", choices=LOG_LEVELS, default="info", help="least level of logs on stderr (default: info)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+class _ShowVersion(argparse.Action):
+    """Look the version up only when asked: that reads files."""
+
+    def __init__(self, option_strings: list[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="show the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"quire {package_version()}")
+        parser.exit()
+
+
+def package_version() -> str:
+    """The version of the installed distribution."""
+    try:
+        return importlib.metadata.version("quire-llm")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed: run from its source folder)"
+
+
+@contextlib.contextmanager
+def _logs_on_stderr(level: str) -> Iterator[None]:
+    """While inside, the logs of our own packages go to stderr, from `level` up; other libraries' stay as they are."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    loggers = [logging.getLogger(name) for name in OWN_LOGGERS]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(level.upper())
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, (old_level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(old_level)
+            logger.propagate = propagate
+
+
+if __name__ == "__main__":
+    sys.exit(main())
