@@ -8,6 +8,7 @@ engine dies.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 from engine.builder import BuiltEngine, build_engine
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, QuireError, RequestFailedError
+from engine.errors import EngineDeadError, InvalidRequestError, QuireError, RequestFailedError
 from engine.input_processor import Prompt
 from engine.outputs import RequestOutput
 from engine.requests.request import Request
@@ -84,15 +85,13 @@ class AsyncEngine:
             RequestFailedError: a step failed. EngineDeadError: the engine cannot go on.
         """
         self._require_alive()
-        self._loop = asyncio.get_running_loop()
-        params = sampling_params or SamplingParams(output_kind=RequestOutputKind.DELTA)
+        self._enter_loop()
+        if priority != 0 and self.config.scheduler.scheduling_policy != "priority":
+            raise InvalidRequestError("priority needs scheduling_policy='priority'.", "priority")
+        params = SamplingParams(output_kind=RequestOutputKind.DELTA) if sampling_params is None else sampling_params
         request = self._built.inputs.make(prompt, params, request_id=request_id, priority=priority)
-        if request.request_id in self._streams:
-            raise RequestFailedError(f"request id {request.request_id!r} is in use by a live request.")
-        stream: asyncio.Queue[Event] = asyncio.Queue()
-        self._streams[request.request_id] = stream
+        stream = self._open(request)
         finished = False
-        self._inbox.put(_Add(request))
         try:
             while not finished:
                 event = await stream.get()
@@ -104,7 +103,6 @@ class AsyncEngine:
                     raise RequestFailedError(event.error)
                 yield event
         finally:
-            self._streams.pop(request.request_id, None)
             if not finished:
                 self._inbox.put(_Abort(request.request_id))
 
@@ -141,6 +139,37 @@ class AsyncEngine:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.shutdown)
 
+    # the event loop
+
+    def _enter_loop(self) -> None:
+        """Note where outputs go. Streams of a loop that was closed are lost, and with them their ids are free."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            if self._loop is not None and not self._loop.is_closed():
+                raise RuntimeError("AsyncEngine.generate must be called from one event loop; another one is in use.")
+            self._streams.clear()
+            self._loop = loop
+
+    def _open(self, request: Request) -> asyncio.Queue[Event]:
+        """Send a request to the engine. Its id is in use until its last event comes, also if nobody waits for that."""
+        request_id = request.request_id
+        if request_id in self._streams:
+            raise InvalidRequestError(f"request id {request_id!r} is in use by a live request.", "request_id")
+        stream: asyncio.Queue[Event] = asyncio.Queue()
+        self._streams[request_id] = stream
+        self._inbox.put(_Add(request))
+        if self._dead is not None:  # it died meanwhile, perhaps without having seen this stream
+            del self._streams[request_id]
+            self._require_alive()
+        return stream
+
+    def _dispatch(self, events: list[tuple[str, Event]]) -> None:
+        for request_id, event in events:
+            last = isinstance(event, Exception) or event.finished
+            stream = self._streams.pop(request_id, None) if last else self._streams.get(request_id)
+            if stream is not None:
+                stream.put_nowait(event)
+
     # the engine's thread
 
     def _require_alive(self) -> None:
@@ -161,7 +190,7 @@ class AsyncEngine:
             )
             if error is not self._dead:
                 logger.exception("the engine's loop failed")
-            self._deliver([(request_id, self._dead) for request_id in list(self._streams)])
+            self._deliver([(request_id, EngineDeadError(str(self._dead))) for request_id in list(self._streams)])
 
     def _take_mail(self, *, block: bool) -> bool:
         """Handle what waits in the inbox; with `block`, wait for something. False = stop."""
@@ -182,11 +211,6 @@ class AsyncEngine:
         return True
 
     def _deliver(self, events: list[tuple[str, Event]]) -> None:
-        if events and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._dispatch, events)
-
-    def _dispatch(self, events: list[tuple[str, Event]]) -> None:
-        for request_id, event in events:
-            stream = self._streams.get(request_id)
-            if stream is not None:
-                stream.put_nowait(event)
+        if events and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._dispatch, events)

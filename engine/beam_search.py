@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from engine.errors import RequestFailedError
 from engine.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from engine.requests.request import Request
 from engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
@@ -23,6 +24,7 @@ Run = Callable[[list[Request]], list[RequestOutput]]
 class _Beam:
     tokens: tuple[int, ...]
     logprob: float
+    stopped: bool = False
 
     def score(self, prompt_len: int, length_penalty: float) -> float:
         return self.logprob / max(1, len(self.tokens) - prompt_len) ** length_penalty
@@ -51,38 +53,35 @@ def beam_search(
     stops = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
     live, complete = [_Beam(request.prompt_token_ids, 0.0)], []
     for step in range(request.max_tokens):
-        requests = [
-            replace(
-                request,
-                request_id=f"{request.request_id}-{step}-{i}",
-                prompt=None,
-                prompt_token_ids=beam.tokens,
-                params=one_token,
-            )
-            for i, beam in enumerate(live)
-        ]
         grown: list[_Beam] = []
-        for beam, output in zip(live, run(requests), strict=True):
+        outputs = run([_continue(request, beam, f"{step}-{i}", one_token) for i, beam in enumerate(live)])
+        for beam, output in zip(live, outputs, strict=True):
+            if output.error is not None:
+                raise RequestFailedError(output.error)
             logprobs = (output.outputs[0].logprobs or [{}])[0]
             best = sorted(logprobs.items(), key=lambda entry: -entry[1].logprob)[:candidates]
             for token, value in best:
-                child = _Beam((*beam.tokens, token), beam.logprob + value.logprob)
-                (complete if token in stops else grown).append(child)
+                child = _Beam((*beam.tokens, token), beam.logprob + value.logprob, stopped=token in stops)
+                (complete if child.stopped else grown).append(child)
         live = sorted(grown, key=lambda b: -b.score(prompt_len, params.length_penalty))[:width]
         if not live:
             break
-    stopped = {id(b) for b in complete}
     ranked = sorted([*complete, *live], key=lambda b: -b.score(prompt_len, params.length_penalty))[:width]
-    return BeamSearchOutput(
-        [
-            BeamSearchSequence(
-                token_ids=beam.tokens,
-                text=None
-                if tokenizer is None
-                else tokenizer.decode(beam.tokens[prompt_len:], skip_special_tokens=True),
-                cumulative_logprob=beam.logprob,
-                finish_reason="stop" if id(beam) in stopped else "length",
-            )
-            for beam in ranked
-        ]
+    return BeamSearchOutput([_present(beam, prompt_len, params, tokenizer) for beam in ranked])
+
+
+def _continue(request: Request, beam: _Beam, name: str, one_token: SamplingParams) -> Request:
+    """The request for a beam's next token."""
+    request_id = f"{request.request_id}-{name}"
+    return replace(request, request_id=request_id, prompt=None, prompt_token_ids=beam.tokens, params=one_token)
+
+
+def _present(beam: _Beam, prompt_len: int, params: BeamSearchParams, tokenizer: Tokenizer | None) -> BeamSearchSequence:
+    silent = 1 if beam.stopped and not params.include_stop_str_in_output else 0
+    shown = beam.tokens[prompt_len : len(beam.tokens) - silent]
+    return BeamSearchSequence(
+        token_ids=beam.tokens,
+        text=None if tokenizer is None else tokenizer.decode(shown, skip_special_tokens=True),
+        cumulative_logprob=beam.logprob,
+        finish_reason="stop" if beam.stopped else "length",
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from engine.errors import ConfigError
@@ -27,6 +28,26 @@ def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) ->
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+_TYPES: dict[str, tuple[str, type | tuple[type, ...]]] = {
+    "int": ("an integer", int),
+    "float": ("a number", (int, float)),
+    "str": ("text", str),
+    "bool": ("True or False", bool),
+    "None": ("None", NoneType),
+}
+
+
+def _check_types(part: Any) -> None:
+    """Refuse what is not of its field's type: `max_num_seqs="8"` would fail far from here, and say nothing of it."""
+    for setting in fields(part):
+        value, kinds = getattr(part, setting.name), str(setting.type).split(" | ")
+        fits = isinstance(value, tuple(_TYPES[kind][1] for kind in kinds))
+        if isinstance(value, bool):
+            fits = "bool" in kinds
+        expected = " or ".join(_TYPES[kind][0] for kind in kinds)
+        _check(fits, f"{setting.name} must be {expected}, got {value!r}.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -49,6 +70,7 @@ class ModelLoadConfig:
     seed: int = _setting(0, "seed of dummy weights and of requests that bring none")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check(bool(self.model), "model must not be empty.")
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
@@ -57,6 +79,7 @@ class ModelLoadConfig:
             f"max_model_len must be at least 2, got {self.max_model_len}.",
         )
         _check(self.max_logprobs >= -1, f"max_logprobs must be -1 or more, got {self.max_logprobs}.")
+        _check(self.seed >= 0, f"seed must be 0 or more, got {self.seed}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +93,7 @@ class CacheConfig:
     enable_prefix_caching: bool = _setting(True, "share KV blocks between requests with equal prefixes")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check(
             self.block_size in (8, 16, 32, 64, 128), f"block_size must be 8, 16, 32, 64 or 128; got {self.block_size}."
         )
@@ -79,11 +103,11 @@ class CacheConfig:
         )
         _check(
             self.kv_cache_memory_bytes is None or self.kv_cache_memory_bytes > 0,
-            "kv_cache_memory_bytes must be positive.",
+            f"kv_cache_memory_bytes must be positive, got {self.kv_cache_memory_bytes}.",
         )
         _check(
             self.num_gpu_blocks_override is None or self.num_gpu_blocks_override >= 2,
-            "num_gpu_blocks_override must be at least 2.",
+            f"num_gpu_blocks_override must be at least 2, got {self.num_gpu_blocks_override}.",
         )
 
 
@@ -101,11 +125,17 @@ class SchedulerConfig:
     max_num_queued_tokens: int | None = _setting(None, "most prompt tokens of waiting requests; more are refused")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_choice("scheduling_policy", self.scheduling_policy, POLICIES)
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs", "max_num_queued_tokens"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"{name} must be at least 1, got {value}.")
-        _check(self.long_prefill_token_threshold >= 0, "long_prefill_token_threshold must be 0 or more.")
+        threshold = self.long_prefill_token_threshold
+        _check(threshold >= 0, f"long_prefill_token_threshold must be 0 or more, got {threshold}.")
+        _check(
+            threshold == 0 or self.enable_chunked_prefill,
+            f"long_prefill_token_threshold={threshold} splits prompts, which enable_chunked_prefill=False forbids.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +150,11 @@ class CompileConfig:
     )
     show_progress: bool = _setting(True, "progress bars while loading and compiling")
 
+    def __post_init__(self) -> None:
+        _check_types(self)
+        threads = self.compile_threads
+        _check(threads is None or threads >= 1, f"compile_threads must be at least 1, got {threads}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
@@ -128,6 +163,7 @@ class KernelConfig:
     implementation: str = _setting("auto", "implementation of all operations", IMPLEMENTATIONS)
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_choice("implementation", self.implementation, IMPLEMENTATIONS)
 
 
@@ -158,7 +194,7 @@ class EngineConfig:
             raise ConfigError(f"Unknown setting {', '.join(unknown)}. Known settings: {', '.join(sorted(owners))}.")
         grouped: dict[str, dict[str, Any]] = {part: {} for part in part_types}
         for name, value in settings.items():
-            grouped[owners[name]][name] = value
+            grouped[owners[name]][name] = os.fspath(value) if isinstance(value, os.PathLike) else value
         return cls(**{part: part_types[part](**values) for part, values in grouped.items()})  # type: ignore[operator]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from rich.progress import Progress
 
 from engine.beam_search import beam_search
@@ -84,8 +85,10 @@ class Engine:
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, with the model's chat template."""
-        if not messages:
-            raise InvalidRequestError("messages must not be empty.", "messages")
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise InvalidRequestError(
+                f"messages must be a non-empty list of messages, or a list of such lists, got {messages!r}.", "messages"
+            )
         conversations: list[Messages] = [messages] if isinstance(messages[0], Mapping) else list(messages)  # type: ignore[list-item]
         prompts: list[Prompt] = [
             self.apply_chat_template(
@@ -132,7 +135,8 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a live request with finish reason "abort". False if it is not live."""
-        return self._core.abort(request_id)
+        with self._lock:
+            return self._core.abort(request_id)
 
     # looking inside
 
@@ -170,11 +174,13 @@ class Engine:
 
     def metrics(self) -> dict[str, Any]:
         """Counters and gauges of this moment; `compiles_after_ready` must be 0."""
-        return snapshot(self._core)
+        with self._lock:
+            return snapshot(self._core)
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes; running requests go on."""
-        self._core.scheduler.reset_prefix_cache()
+        with self._lock:
+            self._core.scheduler.reset_prefix_cache()
 
     # lifetime
 
@@ -208,8 +214,8 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
     ) -> list[Request]:
-        every = params or SamplingParams()
-        per_prompt = [every] * len(prompts) if isinstance(every, SamplingParams) else list(every)
+        every = SamplingParams() if params is None else params
+        per_prompt = [every] * len(prompts) if isinstance(every, SamplingParams) else _params_list(every)
         if len(per_prompt) != len(prompts):
             raise InvalidRequestError(
                 f"there are {len(prompts)} prompts but {len(per_prompt)} sampling_params.", "sampling_params"
@@ -271,7 +277,20 @@ def _prompt_list(prompts: Any) -> list[Prompt]:
     """One prompt or many: text, a mapping and a flat list of ints are one."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise InvalidRequestError(
+            f"prompts must be text, token ids, a mapping or a list of these, got {prompts!r}.", "prompt"
+        )
     prompts = list(prompts)
     if not prompts:
         raise InvalidRequestError("the list of prompts must not be empty.", "prompt")
-    return [prompts] if all(isinstance(p, int) for p in prompts) else prompts
+    return [prompts] if all(isinstance(p, (int, np.integer)) for p in prompts) else prompts
+
+
+def _params_list(params: Any) -> list[SamplingParams]:
+    if not isinstance(params, (list, tuple)) or not all(isinstance(p, SamplingParams) for p in params):
+        raise InvalidRequestError(
+            f"sampling_params must be one SamplingParams, or a list of one per prompt, got {params!r}.",
+            "sampling_params",
+        )
+    return list(params)

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,12 @@ class InputProcessor:
             ContextLengthError: the prompt leaves no room for an output.
         """
         arrival = time.monotonic()
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"sampling_params must be SamplingParams, got {params!r}.", "sampling_params")
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InvalidRequestError(f"priority must be an integer, got {priority!r}.", "priority")
+        if request_id is not None and (not isinstance(request_id, str) or not request_id):
+            raise InvalidRequestError(f"request_id must be a non-empty string, got {request_id!r}.", "request_id")
         text, token_ids, salt = self._parse(prompt)
         params = self._bound(params, len(token_ids))
         eos, bad_words = () if params.ignore_eos else self.limits.eos_token_ids, self._bad_words(params)
@@ -87,7 +94,10 @@ class InputProcessor:
             if salt is not None and (not isinstance(salt, str) or not salt):
                 raise InvalidRequestError(f"cache_salt must be a non-empty string, got {salt!r}.", "cache_salt")
             if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), self._check_ids(prompt["prompt_token_ids"]), salt
+                if not isinstance(text := prompt.get("prompt"), (str, NoneType)):
+                    message = f"the prompt beside prompt_token_ids must be text, got {text!r}."
+                    raise InvalidRequestError(message, "prompt")
+                return text, self._check_ids(prompt["prompt_token_ids"]), salt
             if "prompt" not in prompt:
                 raise InvalidRequestError("a prompt mapping needs 'prompt' or 'prompt_token_ids'.", "prompt")
             prompt = prompt["prompt"]

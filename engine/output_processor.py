@@ -108,6 +108,8 @@ class OutputProcessor:
 
     def _completion(self, completion: _Completion, kind: RequestOutputKind) -> CompletionOutput:
         sequence, text = completion.sequence, completion.text
+        if text is not None and sequence.finished:
+            text.push([], finished=True)  # an abort comes without a last token: what was held back comes out now
         tokens, shown = sequence.output_token_ids, "" if text is None else text.text
         logprobs = sequence.output_logprobs
         if kind is RequestOutputKind.DELTA:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import Any
 
 from engine.errors import InvalidRequestError
@@ -14,6 +15,14 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_ALLOWED_TOKEN_IDS = 1024
 MAX_BAD_WORDS = 128
+SWITCHES = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "skip_reading_prefix_cache",
+)
 GREEDY_TEMPERATURE = 1e-5  # below this the distribution is a point for float32: argmax
 MIN_TEMPERATURE = 1e-2  # temperatures between the two are raised to this, so that logits / temperature stays finite
 
@@ -31,7 +40,9 @@ def _refuse(parameter: str, message: str) -> None:
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # isfinite refuses integers too large for a float; those are finite, and out of most ranges.
+    finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not finite:
         _refuse(name, f"must be a finite number, got {value!r}.")
     if value < low or value > high or (open_low and value == low):
         left = "(" if open_low else "["
@@ -44,6 +55,20 @@ def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     if value < low or (high is not None and value > high):
         upper = f" and at most {high}" if high is not None else ""
         _refuse(name, f"must be at least {low}{upper}, got {value!r}.")
+
+
+def _boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        _refuse(name, f"must be True or False, got {value!r}.")
+
+
+def _items(name: str, value: Any) -> tuple[Any, ...]:
+    """A list as a tuple; None as the empty one. One string is no list of strings: it would fall into characters."""
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)):
+        _refuse(name, f"must be a list, got {value!r}.")
+    return tuple(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +133,20 @@ class SamplingParams:
                 _integer(name, getattr(self, name), -1)
         if self.n > 1 and self.is_greedy:
             _refuse("n", f"must be 1 with greedy sampling (temperature=0), got {self.n}.")
+        for name in SWITCHES:
+            _boolean(name, getattr(self, name))
+        if not isinstance(self.output_kind, RequestOutputKind):
+            _refuse("output_kind", f"must be a RequestOutputKind, got {self.output_kind!r}.")
         self._check_lists()
 
     def _normalise(self) -> None:
         """Bring the spellings a user may use (one string, lists, None) to tuples, once."""
         put = object.__setattr__
-        put(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        put(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        put(self, "bad_words", tuple(self.bad_words or ()))
+        put(self, "stop", (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop))
+        put(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids))
+        put(self, "bad_words", _items("bad_words", self.bad_words))
         if self.allowed_token_ids is not None:
-            put(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            put(self, "allowed_token_ids", _items("allowed_token_ids", self.allowed_token_ids))
         if self.logit_bias is not None:
             put(self, "logit_bias", self._parse_bias(self.logit_bias))
         if isinstance(self.temperature, (int, float)) and GREEDY_TEMPERATURE <= self.temperature < MIN_TEMPERATURE:
@@ -131,12 +160,16 @@ class SamplingParams:
             _refuse("logit_bias", f"may hold at most {MAX_LOGIT_BIAS} tokens, got {len(bias)}.")
         parsed: dict[int, float] = {}
         for key, value in bias.items():
-            try:
-                token = int(key)
-            except (TypeError, ValueError):
+            # JSON has only text as keys; int() alone would also take True, 1.5 and " 1_0 ".
+            if isinstance(key, str):
+                is_id = key.isascii() and key.isdigit()
+            else:
+                is_id = isinstance(key, Integral) and not isinstance(key, bool)
+            if not is_id:
                 _refuse("logit_bias", f"keys must be token ids, got {key!r}.")
+            token = int(key)
             _number(f"logit_bias[{key}]", value, -math.inf, math.inf)
-            parsed[token] = min(100.0, max(-100.0, float(value)))
+            parsed[token] = float(min(100, max(-100, value)))
         return parsed
 
     def _check_lists(self) -> None:
@@ -228,4 +261,6 @@ class BeamSearchParams:
         _integer("beam_width", self.beam_width, 1, 64)
         _integer("max_tokens", self.max_tokens, 1)
         _number("temperature", self.temperature, 0.0, 2.0)
-        _number("length_penalty", self.length_penalty, -math.inf, math.inf)
+        _number("length_penalty", self.length_penalty, -10.0, 10.0)  # length ** penalty must stay finite
+        _boolean("ignore_eos", self.ignore_eos)
+        _boolean("include_stop_str_in_output", self.include_stop_str_in_output)

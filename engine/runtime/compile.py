@@ -16,8 +16,10 @@ from typing import Any
 
 import jax
 from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
 from engine.config import CompileConfig
+from engine.errors import CacheWriteError
 from engine.runtime.progress import Report
 
 logger = logging.getLogger("quire.compile")
@@ -26,7 +28,9 @@ MOST_THREADS = 8
 
 
 class CompileCounter:
-    """Counts XLA compilations of this process outside of `building` blocks: once an engine is ready they are defects."""
+    """Counts XLA compilations of this process outside of `building` blocks: once an engine is ready they are
+    defects.
+    """
 
     def __init__(self) -> None:
         self.after_ready = 0
@@ -52,12 +56,24 @@ COUNTER = CompileCounter()
 
 
 def enable_persistent_cache(config: CompileConfig, default: Path) -> Path | None:
-    """Point JAX's compilation cache at its directory, and keep even fast compilations: a start has dozens of them."""
-    if config.compilation_cache_dir == "":
-        return None
-    path = Path(config.compilation_cache_dir) if config.compilation_cache_dir else default
-    path.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(path))
+    """Point JAX's compilation cache at its directory, and keep even fast compilations: a start has dozens of them.
+
+    Raises:
+        CacheWriteError: the directory cannot be made.
+    """
+    path = None if config.compilation_cache_dir == "" else Path(config.compilation_cache_dir or default).expanduser()
+    try:
+        if path is not None:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheWriteError(
+            f"compilation_cache_dir={path} cannot be made: {error.strerror}. "
+            "Name a directory that can be written, or '' for no cache."
+        ) from error
+    wanted = None if path is None else str(path)
+    if jax.config.jax_compilation_cache_dir != wanted:
+        jax.config.update("jax_compilation_cache_dir", wanted)
+        compilation_cache.reset_cache()  # JAX reads the directory at the first compilation and not again
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return path

@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from engine.runtime.device_state import ForwardState, SampleState
 from engine.runtime.packing import StepLayout, token_rows

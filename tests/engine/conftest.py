@@ -1,0 +1,64 @@
+"""Engines that tests share: each distinct configuration is built once per run, and after a test it must be idle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from engine.engine import Engine
+from tests.engine.helpers import SMALL, TINY, core_of, require_idle
+
+MakeEngine = Callable[..., Engine]
+
+
+class EngineShelf:
+    """Builds engines on demand and keeps them."""
+
+    def __init__(self, cache_dir: str) -> None:
+        self.cache_dir = cache_dir
+        self._engines: dict[tuple[Any, ...], Engine] = {}
+
+    def take(self, model: str = "llama", **settings: Any) -> Engine:
+        """The engine of a tiny golden model with `SMALL` settings, changed by `settings`."""
+        key = (model, *sorted(settings.items()))
+        if key not in self._engines:
+            every = {**SMALL, "compilation_cache_dir": self.cache_dir, **settings}
+            self._engines[key] = Engine(str(TINY / model), **every)
+        return self._engines[key]
+
+    def require_idle(self) -> None:
+        """Prove that no test left a request behind; forgets the engine that fails, so that others are not blamed."""
+        for key, engine in list(self._engines.items()):
+            try:
+                require_idle(core_of(engine))
+            except AssertionError:
+                del self._engines[key]
+                raise
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where executables are kept between runs of the tests (`.pytest_cache/d/quire-xla`)."""
+    cache = request.config.cache if request.config.pluginmanager.hasplugin("cacheprovider") else None
+    return str(tmp_path_factory.mktemp("xla") if cache is None else cache.mkdir("quire-xla"))
+
+
+@pytest.fixture(scope="session")
+def shelf(compilation_cache: str) -> EngineShelf:
+    """All engines of the run."""
+    return EngineShelf(compilation_cache)
+
+
+@pytest.fixture
+def make_engine(shelf: EngineShelf) -> Iterator[MakeEngine]:
+    """A shared engine of a tiny golden model, by its name and settings. Afterwards it must be idle."""
+    yield shelf.take
+    shelf.require_idle()
+
+
+@pytest.fixture
+def engine(make_engine: MakeEngine) -> Engine:
+    """The engine that most tests use: llama, five sequences, with its tokenizer."""
+    return make_engine()
