@@ -9,7 +9,15 @@ where it is not enough go through all tokens, a few rows at a time. Tokens equal
     logits   -4 -3 .... 7 8 9     mass(t) = sum of weights of tokens >= t; falls from left to right
                       lo^ ^hi     mass(lo) >= target > mass(hi); both end on neighbouring tokens
 
-MEASURED
+Measured on 2 AVX-512 cores, V = 49152, milliseconds:
+
+    S                                          1      8     64
+    jnp.sort                                 7.2     55    462
+    lax.top_k, k = 1024                     0.37    3.0     24
+    bisection over all tokens, one filter    0.2    1.1     25
+    here, top_k = 20 and top_p = 0.8         0.2    0.5      4
+
+A batch in which no row has top_k or top_p pays none of it.
 """
 
 from __future__ import annotations

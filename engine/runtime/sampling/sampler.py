@@ -1,8 +1,20 @@
 """`sample`: one token per row, any mix of parameters in one batch, fixed shapes; a part of the jitted step.
 
-logits ─▶ bias, allowed ids, min_tokens ─▶ penalties ─▶ bad words ─▶ argmax (greedy rows)
-   │                                                             └─▶ temperature, min_p, top_k, top_p ─▶ Gumbel-max
-   └────▶ raw logprobs of the sampled token and of the most probable ones
+Masks, penalties and bans change the logits; greedy rows then take the best token, the others are filtered and drawn:
+
+    logits ─▶ bias, allowed ids, min_tokens ─▶ penalties ─▶ bad words ─▶ argmax (greedy rows)
+       │                                                             └─▶ temperature, min_p, top_k, top_p ─▶ Gumbel-max
+       └────▶ raw logprobs of the sampled token and of the most probable ones
+
+Measured on 2 AVX-512 cores, V = 49152, milliseconds of the whole sampler, best of 7 or 15 calls:
+
+    S                                          1      8     64
+    greedy                                  0.04   0.08    0.2
+    temperature                             0.21    1.1    4.6
+    temperature, top_k = 20, top_p = 0.8    0.27    1.5    8.2
+    top_p = 0.95 on flat distributions      0.26    3.0     11
+    greedy with penalties                   0.13    0.3    2.6
+    greedy with logprobs                    0.14    0.4    3.4
 """
 
 from __future__ import annotations
