@@ -11,7 +11,7 @@ Two loops with trip counts known only at run time:
 
 Both gather pages by rows of `kv_layout.rows_view`, whose runs of P*D elements XLA on CPU copies at memory speed
 (measured: 3-D gathers take twice as long). A batch without one kind runs zero trips of its loop. Chunk boundaries are
-absolute positions, so every row is summed in the same order whatever batch it is in.
+absolute positions, so a row is summed in the same order whatever its batch mates are.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROW_CHUNK = 128
 TILE_ROWS = 128
 SHORT_TILE_ROWS = 32  # for sequences with at most SHORT_LIMIT new tokens, which would leave most of a long tile empty
 SHORT_LIMIT = 64
-TILE_CHUNK = 512
+TILE_CHUNKS = (128, 512)  # least and most tokens per chunk; between them, as many as the bucket has token rows
 MASKED = -1e30  # finite: exp(MASKED - MASKED) must not be NaN in rows that see nothing yet
 
 
@@ -90,6 +90,13 @@ def _chunk_pages(chunk: int, page_size: int) -> int:
     return max(1, chunk // page_size)
 
 
+def _tile_chunk(num_tokens: int) -> int:
+    """A small bucket mostly holds a short prompt, of which a long chunk would be mostly beyond the diagonal."""
+    least, most = TILE_CHUNKS
+    power_of_two = 1 << (num_tokens - 1).bit_length()  # tables are padded to whole chunks of both loops
+    return min(max(power_of_two, least), most)
+
+
 def _has_tiles(num_tokens: int) -> bool:
     return num_tokens > ROW_LIMIT
 
@@ -112,7 +119,8 @@ def plan(batch: RaggedBatch, num_tokens: int, problem: Any) -> Plan:
     """See `api.plan_attention`."""
     group = _group(num_tokens)
     num_seqs = batch.context_lens.shape[0]
-    whole = max(_chunk_pages(ROW_CHUNK, problem.page_size), _chunk_pages(TILE_CHUNK, problem.page_size))
+    chunks = (ROW_CHUNK, _tile_chunk(num_tokens))
+    whole = max(_chunk_pages(chunk, problem.page_size) for chunk in chunks)
     tables = jnp.pad(batch.block_tables, ((0, 0), (0, -batch.block_tables.shape[1] % whole)))
 
     rows = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -270,7 +278,7 @@ def _run_tiles(
     heads, dim = q.shape[1:]
     kv_heads, tile = problem.num_kv_heads, tiles.rows
     queries_per_kv = heads // kv_heads
-    chunk_pages = _chunk_pages(TILE_CHUNK, problem.page_size)
+    chunk_pages = _chunk_pages(_tile_chunk(q.shape[0]), problem.page_size)
     chunk = chunk_pages * problem.page_size
     rows = rows_view(pages)
     operand = _tile_dtype(q, pages)
