@@ -275,7 +275,7 @@ class Engine:
 
 def _prompt_list(prompts: Any) -> list[Prompt]:
     """One prompt or many: text, a mapping and a flat list of ints are one."""
-    if isinstance(prompts, (str, Mapping)):
+    if isinstance(prompts, (str, bytes, Mapping)):
         return [prompts]
     if not isinstance(prompts, Iterable):
         raise InvalidRequestError(

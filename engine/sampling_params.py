@@ -155,7 +155,7 @@ class SamplingParams:
     @staticmethod
     def _parse_bias(bias: Any) -> dict[int, float]:
         if not isinstance(bias, dict):
-            _refuse("logit_bias", f"must map token ids to numbers, got {type(bias).__name__}.")
+            _refuse("logit_bias", f"must map token ids to numbers, got {bias!r}.")
         if len(bias) > MAX_LOGIT_BIAS:
             _refuse("logit_bias", f"may hold at most {MAX_LOGIT_BIAS} tokens, got {len(bias)}.")
         parsed: dict[int, float] = {}

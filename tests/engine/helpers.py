@@ -36,6 +36,14 @@ SMALL: Mapping[str, Any] = {
     "show_progress": False,
 }
 
+# All five prompts at a time in steps of at most 16 tokens: the long ones are computed in chunks beside decoding ones.
+GOLDEN_SETTINGS: Mapping[str, Any] = {
+    "skip_tokenizer_init": True,
+    "max_num_batched_tokens": 16,
+    "max_model_len": 112,
+    "max_logprobs": -1,
+}
+
 
 @dataclass(frozen=True)
 class GoldenPrompt:
