@@ -58,7 +58,7 @@ ENVIRONMENTS: dict[str, PeerEnvironment] = {
             python="3.11",
             installs=(
                 ("torch==2.13.0",),
-                ("transformers==5.23.0", "gguf==0.19.0", "safetensors==0.8.0", "numpy==2.4.6"),
+                ("transformers==5.23.0", "accelerate==1.15.0", "gguf==0.19.0", "safetensors==0.8.0", "numpy==2.4.6"),
             ),
         ),
     )
