@@ -204,6 +204,12 @@ def main() -> int:
     return 1 if any(m.error is not None for m in results.measurements) else 0
 
 
+def _terminated(number: int, _: object) -> None:
+    """Leave through all `with` statements, so that workers are ended."""
+    print(f"ended by {signal.Signals(number).name}", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that workers are ended, not left behind
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main())

@@ -17,7 +17,7 @@ DISTURBED = 0.10  # a sample with more foreign time than this is marked
 
 @dataclass(frozen=True)
 class CpuTimes:
-    """Clock ticks since boot (the machine) or since their start (the processes of one session).
+    """Clock ticks since boot (the machine) or since their start (the processes of one group).
 
     Attributes:
         total, busy: of all cores; busy includes steal.
@@ -29,18 +29,18 @@ class CpuTimes:
     own: int
 
     @classmethod
-    def read(cls, session: int, proc: Path = PROC) -> CpuTimes | None:
+    def read(cls, group: int, proc: Path = PROC) -> CpuTimes | None:
         """Now. None where there is no /proc/stat.
 
         Args:
-            session: POSIX session of the engine's processes; workers lead one of their own.
+            group: process group of the engine's processes; workers lead one of their own.
         """
         try:
             fields = [int(word) for word in (proc / "stat").read_text().split("\n", 1)[0].split()[1:9]]
         except OSError:
             return None
         idle = fields[3] + fields[4]  # idle, and idle with a disk access outstanding
-        return cls(sum(fields), sum(fields) - idle, _ticks_of_session(session, proc))
+        return cls(sum(fields), sum(fields) - idle, _ticks_of_group(group, proc))
 
     def foreign_since(self, earlier: CpuTimes) -> float:
         """Fraction (0 to 1) of all cores' time since then that went to others."""
@@ -48,7 +48,7 @@ class CpuTimes:
         return max(0.0, (self.busy - earlier.busy - (self.own - earlier.own)) / total)
 
 
-def _ticks_of_session(session: int, proc: Path) -> int:
+def _ticks_of_group(group: int, proc: Path) -> int:
     ticks = 0
     for directory in proc.iterdir():
         if not directory.name.isdigit():
@@ -58,7 +58,7 @@ def _ticks_of_session(session: int, proc: Path) -> int:
         except OSError:
             continue  # ended meanwhile
         fields = stat.rpartition(")")[2].split()  # the command's name may hold anything, brackets included
-        if int(fields[3]) == session:
+        if int(fields[2]) == group:
             ticks += sum(int(field) for field in fields[11:15])  # own and waited-for children's, user and system
     return ticks
 
@@ -66,13 +66,13 @@ def _ticks_of_session(session: int, proc: Path) -> int:
 class Audit:
     """Foreign CPU share of the time since it was made."""
 
-    def __init__(self, session: int) -> None:
-        self._session = session
-        self._started = CpuTimes.read(session)
+    def __init__(self, group: int) -> None:
+        self._group = group
+        self._started = CpuTimes.read(group)
 
     def foreign(self) -> float | None:
         """Fraction of all cores' time, or None if unknown."""
-        now = CpuTimes.read(self._session)
+        now = CpuTimes.read(self._group)
         return None if now is None or self._started is None else now.foreign_since(self._started)
 
 
@@ -80,7 +80,7 @@ def wait_until_quiet(most_s: float, limit: float = DISTURBED / 2, look_s: float 
     """Wait until others use less than `limit` of the machine, at most `most_s` seconds."""
     deadline = time.monotonic() + most_s
     while time.monotonic() < deadline:
-        audit = Audit(session=-1)
+        audit = Audit(group=-1)
         time.sleep(look_s)
         foreign = audit.foreign()
         if foreign is None or foreign < limit:

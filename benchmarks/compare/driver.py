@@ -170,7 +170,7 @@ class Comparison:
             self._load(next(peer for peer in self._plan.peers if peer.name == name))
         worker = self._workers[name]
         with worker.awake():
-            audit = Audit(worker.session)
+            audit = Audit(worker.group)
             sample = Sample(**worker.ask("run", self._plan.timeout_s, job=dataclasses.asdict(job)))
             foreign = audit.foreign()
         check(job, sample)

@@ -26,7 +26,7 @@ class WorkerGoneError(RuntimeError):
 
 
 class WorkerProcess:
-    """One worker. Leads a POSIX session of its own, so that it can be stopped with all its children.
+    """One worker. Leads a process group of its own, so that it can be stopped with all its children.
 
     Args:
         command: starts the worker.
@@ -44,7 +44,7 @@ class WorkerProcess:
                 stderr=stderr,
                 cwd=directory,
                 env=dict(environment),
-                start_new_session=True,
+                process_group=0,
             )
         self._log = log
         self._unread = b""
@@ -56,8 +56,8 @@ class WorkerProcess:
         return self._is_gone
 
     @property
-    def session(self) -> int:
-        """POSIX session of the worker and its children."""
+    def group(self) -> int:
+        """Process group of the worker and its children."""
         return self._process.pid
 
     def ask(self, op: str, timeout_s: float, **fields: Any) -> Any:
@@ -130,4 +130,4 @@ class WorkerProcess:
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.session, number)
+            os.killpg(self.group, number)

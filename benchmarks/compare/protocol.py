@@ -80,12 +80,15 @@ class EngineUnderTest(Protocol):
 
     def load(self, settings: dict[str, Any]) -> Loaded:
         """Import the engine, load the model, generate one token."""
+        ...
 
     def run(self, job: Job) -> Sample:
         """Run one job. The clock runs from the hand-over of the requests, not from their parsing."""
+        ...
 
     def ceilings(self) -> Ceilings:
         """What the machine reaches through this engine's library."""
+        ...
 
 
 class Stopwatch:

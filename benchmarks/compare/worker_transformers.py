@@ -69,13 +69,12 @@ class TransformersUnderTest:
         """
         import torch
         import transformers
-        from transformers.generation import StoppingCriteria
 
         transformers.logging.set_verbosity_error()
         self._torch, self._num_threads = torch, settings["num_threads"]
         torch.set_num_threads(self._num_threads)
 
-        class TokenClock(StoppingCriteria):
+        class TokenClock(transformers.StoppingCriteria):
             """Notes when each step has its tokens; never stops anything."""
 
             def __init__(self, clock: Stopwatch) -> None:

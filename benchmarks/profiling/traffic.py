@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 
@@ -77,8 +78,9 @@ def bucket_of(built: BuiltEngine, situation: Situation) -> Bucket:
 def instructions_of(built: BuiltEngine, bucket: Bucket) -> dict[str, Instruction]:
     """The forward pass of a bucket, compiled once more to read its text."""
     program = _program(built)
+    shapes = cast(Any, program.model.shapes)  # lowering looks at nothing else
     with _no_compilation_cache(), expected_compiles():
-        return parse(program.lower_forward(bucket, program.model.shapes).compile().as_text())
+        return parse(program.lower_forward(bucket, shapes).compile().as_text())
 
 
 def _program(built: BuiltEngine) -> ModelProgram:

@@ -9,25 +9,25 @@ import pytest
 from benchmarks.compare import audit
 from benchmarks.compare.audit import Audit, CpuTimes, wait_until_quiet
 
-SESSION = 500
+GROUP = 500
 
 
 def _proc(root: Path, machine: str, processes: dict[int, tuple[str, int, int]]) -> Path:
-    """A /proc with pid -> (command, session, user ticks)."""
+    """A /proc with pid -> (command, group, user ticks)."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "stat").write_text(f"cpu  {machine}\ncpu0 1 2 3\n")
     (root / "self").mkdir(exist_ok=True)
-    for pid, (command, session, ticks) in processes.items():
+    for pid, (command, group, ticks) in processes.items():
         directory = root / str(pid)
         directory.mkdir(exist_ok=True)
-        fields = ["S", "1", str(session), str(session), *["0"] * 7, str(ticks), "1", "2", "3", "20", "0"]
+        fields = ["S", "1", str(group), "1", *["0"] * 7, str(ticks), "1", "2", "3", "20", "0"]
         (directory / "stat").write_text(f"{pid} ({command}) {' '.join(fields)}\n")
     return root
 
 
-def test_own_time_is_that_of_the_session_with_children(tmp_path: Path) -> None:
-    processes = {500: ("python", SESSION, 100), 501: ("a ) b (", SESSION, 50), 7: ("other", 7, 1000)}
-    times = CpuTimes.read(SESSION, _proc(tmp_path, "10 0 20 300 5 0 0 15 0 0", processes))
+def test_own_time_is_that_of_the_group_with_children(tmp_path: Path) -> None:
+    processes = {500: ("python", GROUP, 100), 501: ("a ) b (", GROUP, 50), 7: ("other", 7, 1000)}
+    times = CpuTimes.read(GROUP, _proc(tmp_path, "10 0 20 300 5 0 0 15 0 0", processes))
     assert times == CpuTimes(total=350, busy=45, own=100 + 50 + 2 * (1 + 2 + 3))
 
 
@@ -41,9 +41,9 @@ def test_rounding_of_ticks_gives_no_negative_share() -> None:
 
 
 def test_without_proc_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert CpuTimes.read(SESSION, tmp_path) is None
-    monkeypatch.setattr(audit.CpuTimes, "read", classmethod(lambda cls, session: None))
-    assert Audit(SESSION).foreign() is None
+    assert CpuTimes.read(GROUP, tmp_path) is None
+    monkeypatch.setattr(audit.CpuTimes, "read", classmethod(lambda cls, group: None))
+    assert Audit(GROUP).foreign() is None
     wait_until_quiet(5.0, look_s=0.0)  # returns at once
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,11 +55,23 @@ def compare(tmp_path: Path) -> Callable[..., object]:
     return make
 
 
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def _is_alive(pid: int) -> bool:
+    """False too for a process that ended and that nobody has asked about yet."""
+    try:
+        return _state(pid) != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def _is_stopped(pid: int, patience_s: float = 5.0) -> bool:
     """True once the process is stopped: the signal takes a moment to arrive."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
-        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+        if _state(pid) == "T":
             return True
         time.sleep(0.01)
     return False
@@ -113,6 +127,38 @@ def test_workers_are_stopped_between_their_turns(compare: Callable) -> None:
         assert comparison.ceilings().read_bytes_per_s == {"fake": 100.0}
         assert all(_is_stopped(facts[name].details["pid"]) for name in "ab")
     assert not any(Path(f"/proc/{facts[name].details['pid']}").exists() for name in "ab")
+
+
+_DRIVER = """
+import os, sys, time
+from pathlib import Path
+from benchmarks.compare.process import WorkerProcess
+worker = WorkerProcess([sys.executable, sys.argv[1]], dict(os.environ), Path("."), Path(sys.argv[2]))
+with worker.awake():
+    about = worker.ask("load", 20.0, settings={})["about"]
+print(about["pid"], flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux does it")
+def test_stopped_workers_do_not_outlive_a_driver_that_is_killed(tmp_path: Path) -> None:
+    variables = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _DRIVER, str(FAKE), str(tmp_path / "log")]
+    driver_process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+    assert driver_process.stdout is not None
+    pid = int(driver_process.stdout.readline())
+    assert _is_stopped(pid)
+    driver_process.kill()
+    driver_process.wait()
+    try:
+        deadline = time.monotonic() + 5.0
+        while _is_alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not _is_alive(pid)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_agreement_with_the_first_engine(compare: Callable) -> None:
