@@ -60,5 +60,5 @@ def make_engine(shelf: EngineShelf) -> Iterator[MakeEngine]:
 
 @pytest.fixture
 def engine(make_engine: MakeEngine) -> Engine:
-    """The engine that most tests use: llama, five sequences, with its tokenizer."""
+    """The engine that most tests use: llama, four sequences, with its tokenizer."""
     return make_engine()

@@ -25,22 +25,21 @@ TINY_NAMES = sorted(path.name for path in TINY.iterdir() if (path / "config.json
 VOCAB = 320  # of every tiny golden model
 MOST_STEPS = 20_000  # a loop that goes on longer than any test needs is a loop that hangs
 
-# Few and small buckets: an engine of a tiny model starts in a second once its executables are in the tests' cache. All
-# have the same `max_num_seqs`, on which the shapes of the sampler depend: so they share its executables, the slowest.
+# Few and small buckets: an engine of a tiny model starts in a second once its executables are in the tests' cache. What
+# decides their shapes is the same for nearly all tests (of the sampler's, `max_num_seqs`), so that they are shared.
 SMALL: Mapping[str, Any] = {
     "dtype": "float32",
     "max_model_len": 128,
-    "max_num_seqs": 5,
-    "max_num_batched_tokens": 32,
-    "num_gpu_blocks_override": 64,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "num_gpu_blocks_override": 256,
     "show_progress": False,
 }
 
-# All five prompts at a time in steps of at most 16 tokens: the long ones are computed in chunks beside decoding ones.
+# All prompts together in steps of at most 16 tokens: the long ones are computed in chunks beside decoding ones.
 GOLDEN_SETTINGS: Mapping[str, Any] = {
     "skip_tokenizer_init": True,
     "max_num_batched_tokens": 16,
-    "max_model_len": 112,
     "max_logprobs": -1,
 }
 

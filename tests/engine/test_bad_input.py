@@ -216,11 +216,11 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"max_num_seqs": 0}, ["max_num_seqs", "at least 1", "0"]),
     ({"max_num_seqs": "8"}, ["max_num_seqs must be an integer or None, got '8'"]),
     ({"max_num_seqs": 2.5}, ["max_num_seqs must be an integer or None, got 2.5"]),
-    ({"max_num_batched_tokens": 3}, ["max_num_batched_tokens=3", "max_num_seqs=5"]),
+    ({"max_num_batched_tokens": 3}, ["max_num_batched_tokens=3", "max_num_seqs=4"]),
     ({"max_model_len": 513}, ["max_model_len=513", "512 or less"]),
     ({"max_model_len": 1}, ["max_model_len must be at least 2, got 1"]),
     ({"max_model_len": "100"}, ["max_model_len must be an integer or None, got '100'"]),
-    ({"enable_chunked_prefill": False}, ["max_num_batched_tokens=32", "max_model_len=128"]),
+    ({"enable_chunked_prefill": False}, ["max_num_batched_tokens=64", "max_model_len=128"]),
     ({"enable_chunked_prefill": "no"}, ["enable_chunked_prefill must be True or False, got 'no'"]),
     (
         {"enable_chunked_prefill": False, "max_num_batched_tokens": 128, "long_prefill_token_threshold": 8},
@@ -264,7 +264,7 @@ def test_too_little_memory_for_one_request(blocks: int) -> None:
 
 def test_the_length_that_fits_does_fit(compilation_cache: str) -> None:
     settings = {**SMALL, "num_gpu_blocks_override": None, "kv_cache_memory_bytes": 300_000}
-    settings["max_num_batched_tokens"] = 5  # fewer executables: no other engine has a cache of this size
+    settings["max_num_batched_tokens"] = 4  # fewer executables: no other engine has a cache of this size
     settings["compilation_cache_dir"] = compilation_cache
     with pytest.raises(OutOfMemoryError) as caught:
         Engine(str(TINY / "llama"), **{**settings, "max_model_len": 512})

@@ -32,7 +32,7 @@ from tests.engine.helpers import (
 )
 
 LENGTH = 16
-NUM_REQUESTS = 9  # five run at a time: while some fail others wait
+NUM_REQUESTS = 9  # four run at a time: while some fail others wait
 
 
 class BrokenExecutor:
@@ -175,7 +175,7 @@ def test_one_of_n_completions_fails(make_engine: MakeEngine) -> None:
     core = core_of(engine)
     real = core.executor
     core.executor = BrokenExecutor(real, dispatch_at=(3,))  # type: ignore[assignment]
-    params = SamplingParams(n=8, seed=0, max_tokens=6, ignore_eos=True)  # five run, three wait
+    params = SamplingParams(n=8, seed=0, max_tokens=6, ignore_eos=True)  # four run, the others wait
     try:
         output = engine.generate([5] * 20, params)[0]
     finally:

@@ -334,8 +334,8 @@ class TestEngineState:
     def test_description(self, engine: Engine) -> None:
         described = engine.describe()
         assert described["model_family"] == "llama" and described["vocab_size"] == VOCAB
-        assert described["dtype"] == "float32" and described["num_kv_blocks"] == 63
-        assert described["kv_cache_tokens"] == 63 * 16 and "KV (64 blocks)" in described["memory"]
+        assert described["dtype"] == "float32" and described["num_kv_blocks"] == 255
+        assert described["kv_cache_tokens"] == 255 * 16 and "KV (256 blocks)" in described["memory"]
         assert set(described["implementations"]) == {"paged_attention", "kv_write", "matmul"}
 
     def test_after_shutdown(self, compilation_cache: str) -> None:
