@@ -22,7 +22,7 @@ class StepContext:
     """What all layers of one step share: computed once, before the first.
 
     Attributes:
-        cos, sin: float32[T, rotary_dim / 2].
+        cos, sin: float32[T, rotary_dim], see `rope.cos_sin`.
         slots: int32[T], where this step's keys and values go.
         plan: the attention plan.
     """

@@ -4,7 +4,7 @@ possible one.
 Two loops with trip counts known only at run time:
 
 - *Rows.* Token rows of sequences with few new tokens (decode, drafts) are sorted by context and taken in groups. A
-  group walks over its contexts in chunks of `ROW_CHUNK` tokens with an online softmax; sorting keeps the lengths
+  group walks over its contexts in chunks of `CHUNK` tokens with an online softmax; sorting keeps the lengths
   within a group alike, so little is wasted.
 - *Tiles.* Longer runs of new tokens (prefill chunks) are cut into tiles of query rows of one sequence, of two sizes.
   A tile walks over that sequence's chunks up to its own last position: blocks above the diagonal cost nothing.
@@ -29,11 +29,10 @@ from pallas_kernels.ragged import RaggedBatch, token_positions, token_sequences
 
 ROW_LIMIT = 4  # sequences with at most this many new tokens go row by row
 ROW_GROUP = 16
-ROW_CHUNK = 128
+CHUNK = 128  # keys per trip, of both loops: the scores of a tile and a chunk just stay in the cache of a core
 TILE_ROWS = 128
 SHORT_TILE_ROWS = 32  # for sequences with at most SHORT_LIMIT new tokens, which would leave most of a long tile empty
 SHORT_LIMIT = 64
-TILE_CHUNKS = (128, 512)  # least and most tokens per chunk; between them, as many as the bucket has token rows
 MASKED = -1e30  # finite: exp(MASKED - MASKED) must not be NaN in rows that see nothing yet
 
 
@@ -60,11 +59,9 @@ class Plan:
     """Work lists of one step. T token rows, padded to groups; S sequences.
 
     Attributes:
-        order: int32[T'], token rows, those of the row loop first, longest context first.
-        inverse: int32[T], where each token row stands in `order`.
+        order: int32[T'], token rows, those of the row loop first, longest context first; padding is T.
         row_position, row_tables: int32[T'], int32[T', B'] of the ordered rows; position -1 for rows that the loop
             skips.
-        by_row: bool[T], rows that take their result from the row loop.
         num_row_groups: int32[], trip count of the row loop.
         tiles: the long and the short tiles.
         tables: int32[S, B'], block tables padded to whole chunks.
@@ -72,10 +69,8 @@ class Plan:
     """
 
     order: jax.Array
-    inverse: jax.Array
     row_position: jax.Array
     row_tables: jax.Array
-    by_row: jax.Array
     num_row_groups: jax.Array
     tiles: tuple[TileList, ...]
     tables: jax.Array
@@ -86,15 +81,8 @@ def _group(num_tokens: int) -> int:
     return min(ROW_GROUP, num_tokens)
 
 
-def _chunk_pages(chunk: int, page_size: int) -> int:
-    return max(1, chunk // page_size)
-
-
-def _tile_chunk(num_tokens: int) -> int:
-    """A small bucket mostly holds a short prompt, of which a long chunk would be mostly beyond the diagonal."""
-    least, most = TILE_CHUNKS
-    power_of_two = 1 << (num_tokens - 1).bit_length()  # tables are padded to whole chunks of both loops
-    return min(max(power_of_two, least), most)
+def _chunk_pages(page_size: int) -> int:
+    return max(1, CHUNK // page_size)
 
 
 def _has_tiles(num_tokens: int) -> bool:
@@ -119,9 +107,8 @@ def plan(batch: RaggedBatch, num_tokens: int, problem: Any) -> Plan:
     """See `api.plan_attention`."""
     group = _group(num_tokens)
     num_seqs = batch.context_lens.shape[0]
-    chunks = (ROW_CHUNK, _tile_chunk(num_tokens))
-    whole = max(_chunk_pages(chunk, problem.page_size) for chunk in chunks)
-    tables = jnp.pad(batch.block_tables, ((0, 0), (0, -batch.block_tables.shape[1] % whole)))
+    chunk_pages = _chunk_pages(problem.page_size)
+    tables = jnp.pad(batch.block_tables, ((0, 0), (0, -batch.block_tables.shape[1] % chunk_pages)))
 
     rows = jnp.arange(num_tokens, dtype=jnp.int32)
     sequence, position = token_sequences(batch, num_tokens), token_positions(batch, num_tokens)
@@ -130,8 +117,7 @@ def plan(batch: RaggedBatch, num_tokens: int, problem: Any) -> Plan:
     by_row = live & (lengths[sequence] <= ROW_LIMIT)
     row_position = jnp.where(by_row, position, -1)
     order = jnp.argsort(-row_position, stable=True).astype(jnp.int32)
-    inverse = jnp.zeros_like(order).at[order].set(rows, unique_indices=True)
-    order = jnp.pad(order, (0, -num_tokens % group))
+    order = jnp.pad(order, (0, -num_tokens % group), constant_values=num_tokens)
     padding = jnp.arange(order.shape[0]) >= num_tokens
     num_by_row = by_row.sum(dtype=jnp.int32)
 
@@ -139,10 +125,8 @@ def plan(batch: RaggedBatch, num_tokens: int, problem: Any) -> Plan:
     short = by_tile * (by_tile <= SHORT_LIMIT)
     return Plan(
         order=order,
-        inverse=inverse,
-        row_position=jnp.where(padding, -1, row_position[order]),
-        row_tables=tables[sequence[order]],
-        by_row=by_row,
+        row_position=jnp.where(padding, -1, row_position.at[order].get(mode="clip")),
+        row_tables=tables[sequence.at[order].get(mode="clip")],
         num_row_groups=(num_by_row + group - 1) // group,
         tiles=tuple(
             _tile_list(batch, part, tile, num_tokens)
@@ -165,14 +149,11 @@ def run(
 ) -> jax.Array:
     """See `api.paged_attention`."""
     options = _Options(scale, window, soft_cap)
-    by_row = _run_rows(q, pages, plan, problem, options)
-    if not _has_tiles(q.shape[0]):
-        return by_row
-    by_tile = jnp.zeros((q.shape[0] + max(tiles.rows for tiles in plan.tiles), *q.shape[1:]), q.dtype)
-    for tiles in plan.tiles:
-        by_tile = _run_tiles(q, pages, plan, tiles, by_tile, problem, options)
-    by_tile = by_tile[: q.shape[0]]
-    return jnp.where(plan.by_row[:, None, None], by_row, by_tile)
+    out = _run_rows(q, pages, plan, jnp.zeros(q.shape, q.dtype), problem, options)
+    if _has_tiles(q.shape[0]):
+        for tiles in plan.tiles:
+            out = _run_tiles(q, pages, plan, tiles, out, problem, options)
+    return out
 
 
 @dataclass(frozen=True)
@@ -237,19 +218,20 @@ def _finish(carry: tuple) -> jax.Array:
     return jnp.where(seen[..., None], acc / jnp.where(seen, total, 1.0)[..., None], 0.0)
 
 
-def _run_rows(q: jax.Array, pages: jax.Array, plan: Plan, problem: Any, options: _Options) -> jax.Array:
+def _run_rows(q: jax.Array, pages: jax.Array, plan: Plan, out: jax.Array, problem: Any, options: _Options) -> jax.Array:
+    """Write the results of the row loop into `out`."""
     num_tokens, heads, dim = q.shape
     kv_heads, group = problem.num_kv_heads, _group(num_tokens)
-    chunk_pages = _chunk_pages(ROW_CHUNK, problem.page_size)
+    chunk_pages = _chunk_pages(problem.page_size)
     chunk = chunk_pages * problem.page_size
     rows = rows_view(pages)
-    # float32 operands for every dtype: with few query rows a bfloat16 dot is slower than converting while gathering.
-    ordered = q.astype(jnp.float32)[plan.order].reshape(-1, kv_heads, heads // kv_heads, dim)
 
     def one_group(index: jax.Array, out: jax.Array) -> jax.Array:
-        queries = lax.dynamic_slice_in_dim(ordered, index * group, group)
+        members = lax.dynamic_slice_in_dim(plan.order, index * group, group)
         position = lax.dynamic_slice_in_dim(plan.row_position, index * group, group)
         tables = lax.dynamic_slice_in_dim(plan.row_tables, index * group, group)
+        # float32 for every dtype: with few query rows a bfloat16 dot is slower than converting while gathering.
+        queries = q.at[members].get(mode="clip").astype(jnp.float32).reshape(group, kv_heads, heads // kv_heads, dim)
 
         def one_chunk(step: jax.Array, carry: tuple) -> tuple:
             ids = lax.dynamic_slice_in_dim(tables, step * chunk_pages, chunk_pages, axis=1)
@@ -264,35 +246,36 @@ def _run_rows(q: jax.Array, pages: jax.Array, plan: Plan, problem: Any, options:
 
         first = options.first_chunk(jnp.where(position < 0, position.max(), position), chunk).min()
         carry = lax.fori_loop(first, position.max() // chunk + 1, one_chunk, _empty(queries.shape[:3], dim))
-        return lax.dynamic_update_slice_in_dim(out, _finish(carry).astype(out.dtype), index * group, axis=0)
+        # Rows of the last group that belong to tiles get 0 here, and their values from the tile loops after this one.
+        return out.at[members].set(_finish(carry).reshape(group, heads, dim).astype(out.dtype), mode="drop")
 
-    out = jnp.zeros(ordered.shape, q.dtype)
-    out = lax.fori_loop(0, plan.num_row_groups, one_group, out)
-    return out[plan.inverse].reshape(q.shape)
+    return lax.fori_loop(0, plan.num_row_groups, one_group, out)
 
 
 def _run_tiles(
     q: jax.Array, pages: jax.Array, plan: Plan, tiles: TileList, out: jax.Array, problem: Any, options: _Options
 ) -> jax.Array:
-    """Write the results of one list of tiles into `out`, whose last rows take what reaches beyond the batch."""
-    heads, dim = q.shape[1:]
+    """Write the results of one list of tiles into `out`."""
+    num_tokens, heads, dim = q.shape
     kv_heads, tile = problem.num_kv_heads, tiles.rows
     queries_per_kv = heads // kv_heads
-    chunk_pages = _chunk_pages(_tile_chunk(q.shape[0]), problem.page_size)
+    chunk_pages = _chunk_pages(problem.page_size)
     chunk = chunk_pages * problem.page_size
     rows = rows_view(pages)
     operand = _tile_dtype(q, pages)
-    padded = jnp.pad(q.astype(operand), ((0, tile), (0, 0), (0, 0)))
     batch = plan.batch
 
     def one_tile(index: jax.Array, out: jax.Array) -> jax.Array:
         sequence, start = tiles.sequence[index], tiles.start[index]
-        last_row = batch.query_start[sequence + 1] - 1
-        position = batch.context_lens[sequence] - 1 - last_row + start + jnp.arange(tile, dtype=jnp.int32)
-        # Rows past the sequence's end belong to its neighbours: they see nothing here and are not written.
-        position = jnp.where(start + jnp.arange(tile) <= last_row, position, -1)
-        queries = lax.dynamic_slice_in_dim(padded, start, tile).reshape(tile, kv_heads, queries_per_kv, dim)
-        queries = queries.transpose(1, 2, 0, 3).reshape(kv_heads, queries_per_kv * tile, dim)
+        last = batch.query_start[sequence + 1] - 1
+        # The slice must lie within the batch. Its rows outside of the tile belong to others: they see nothing here and
+        # are not written.
+        first_row = jnp.minimum(start, num_tokens - tile)
+        row = first_row + jnp.arange(tile, dtype=jnp.int32)
+        position = jnp.where((row >= start) & (row <= last), batch.context_lens[sequence] - 1 - last + row, -1)
+        queries = lax.dynamic_slice_in_dim(q, first_row, tile).astype(operand)
+        queries = queries.reshape(tile, kv_heads, queries_per_kv, dim).transpose(1, 2, 0, 3)
+        queries = queries.reshape(kv_heads, queries_per_kv * tile, dim)
         table = plan.tables[sequence]
 
         def one_chunk(step: jax.Array, carry: tuple) -> tuple:
@@ -307,12 +290,12 @@ def _run_tiles(
             scores = scores.reshape(kv_heads, queries_per_kv * tile, chunk)
             return _online(carry, scores, values, "kmc,kcd->kmd")
 
-        first = options.first_chunk(jnp.maximum(position[0], 0), chunk)
+        first = options.first_chunk(batch.context_lens[sequence] - 1 - last + start, chunk)
         carry = lax.fori_loop(first, position.max() // chunk + 1, one_chunk, _empty(queries.shape[:2], dim))
         result = _finish(carry).reshape(kv_heads, queries_per_kv, tile, dim).transpose(2, 0, 1, 3)
         result = result.reshape(tile, heads, dim).astype(out.dtype)
-        current = lax.dynamic_slice_in_dim(out, start, tile)
+        current = lax.dynamic_slice_in_dim(out, first_row, tile)
         result = jnp.where((position >= 0)[:, None, None], result, current)
-        return lax.dynamic_update_slice_in_dim(out, result, start, axis=0)
+        return lax.dynamic_update_slice_in_dim(out, result, first_row, axis=0)
 
     return lax.fori_loop(0, tiles.count, one_tile, out)
