@@ -37,12 +37,17 @@ KV_CACHE_BYTES = 4 * 2**30  # the same for every engine that has a fixed cache
 QUICK_CUTS = {"w2": (16, 48), "w4": (8, 16)}  # (requests, most output tokens)
 QUICK_REPS = 1
 
+_VARIANTS = tuple(dict.fromkeys(v for peer in PEERS.values() for ways in peer.variants.values() for v in ways))
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description="Quire and its peers, in turns.")
     parser.add_argument("--peers", type=_names(PEERS), default=DEFAULT, metavar="A,B", help=f"of {', '.join(PEERS)}")
     parser.add_argument(
         "--workload", type=_names(WORKLOADS), default=tuple(WORKLOADS), metavar="W1,W2", help="default: all"
+    )
+    parser.add_argument(
+        "--skip-variants", type=_names(_VARIANTS), default=(), metavar="A,B", help=f"of {', '.join(_VARIANTS)}"
     )
     parser.add_argument("--reps", type=_positive, default=3, metavar="N", help="repetitions that count (default: 3)")
     parser.add_argument("--quick", action="store_true", help="one repetition, W2 and W4 cut: to see that all works")
@@ -88,7 +93,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if args.quick:
         workloads = [w.cut(*QUICK_CUTS[w.name]) if w.name in QUICK_CUTS else w for w in workloads]
     return Plan(
-        peers=tuple(PEERS[name] for name in names),
+        peers=tuple(PEERS[name].without(args.skip_variants) for name in names),
         workloads=tuple(workloads),
         num_repetitions=QUICK_REPS if args.quick else args.reps,
         timeout_s=args.timeout,

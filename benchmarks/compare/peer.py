@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -43,3 +43,8 @@ class Peer:
     def variants_of(self, workload: str) -> tuple[str, ...]:
         """The ways in which a workload is run."""
         return self.variants.get(workload, ("",))
+
+    def without(self, variants: Sequence[str]) -> Peer:
+        """The peer with fewer ways; a workload keeps its last one."""
+        kept = {name: tuple(w for w in ways if w not in variants) or ways[-1:] for name, ways in self.variants.items()}
+        return replace(self, variants=kept)

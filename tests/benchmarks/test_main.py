@@ -36,11 +36,21 @@ def test_quick_is_one_repetition_of_cut_workloads() -> None:
     assert [("CUT" in w.about) for w in plan.workloads] == [False, True, True]
 
 
+def test_variants_can_be_left_out_but_not_all() -> None:
+    def ways(*arguments: str) -> tuple[str, ...]:
+        return _plan(*arguments).peers[1].variants_of("w2")
+
+    assert ways() == ("batch-all", "batch-16-sorted")
+    assert ways("--skip-variants", "batch-all") == ("batch-16-sorted",)
+    assert ways("--skip-variants", "batch-all,batch-16-sorted") == ("batch-16-sorted",)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--peers", "nobody"), "unknown: nobody; known: quire"),
         (("--workload", "w1,w9"), "unknown: w9; known: w1, w2, w3, w4"),
+        (("--skip-variants", "batch-7"), "unknown: batch-7; known: batch-all"),
         (("--reps", "0"), "'0' is not a whole number of 1 or more"),
         (("--dtype", "int3"), "invalid choice"),
     ],
