@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pallas_kernels.device import Device, current_device, hopper_reason
+
 logger = logging.getLogger("quire.kernels")
 
 AUTO = "auto"
@@ -26,14 +28,36 @@ class Implementation:
     """One way to run an op.
 
     Attributes:
-        name: "reference", "xla" or "mosaic_gpu".
+        name: "reference", "xla", "mosaic_gpu" or "mosaic_gpu_simulated" (the same kernel in JAX's simulator of a GPU,
+            which runs anywhere, thousands of times slower: for checking).
         functions: what the op is made of, by name (`run`, and `plan` where a step-wide preparation pays).
         supports: gets the problem, returns None or the reason why it can't.
+        device_reason: gets the device, returns None or the reason why it can't run there.
     """
 
     name: str
     functions: Mapping[str, Callable[..., Any]]
     supports: Callable[[Any], str | None]
+    device_reason: Callable[[Device], str | None] = lambda device: None
+
+    def refuses(self, problem: Any, device: Device) -> str | None:
+        """None, or the reason why it cannot run the problem on the device."""
+        return self.device_reason(device) or self.supports(problem)
+
+
+def mosaic_gpu(
+    make: Callable[[bool], Mapping[str, Callable[..., Any]]], supports: Callable[[Any], str | None]
+) -> tuple[Implementation, Implementation]:
+    """A Hopper kernel and its simulated twin.
+
+    Args:
+        make: gets whether to simulate, returns the functions.
+        supports: of both.
+    """
+    return (
+        Implementation("mosaic_gpu", make(False), supports, hopper_reason),
+        Implementation("mosaic_gpu_simulated", make(True), supports),
+    )
 
 
 @dataclass
@@ -57,11 +81,11 @@ class Op:
         """
         if requested != AUTO:
             return self._strict(requested, problem)
-        reasons: list[str] = []
+        device, reasons = current_device(), []
         for implementation in self.implementations:
             if implementation.name not in self.automatic:
                 continue
-            reason = implementation.supports(problem)
+            reason = implementation.refuses(problem, device)
             if reason is None:
                 self._log(implementation.name, reasons)
                 return implementation
@@ -71,7 +95,7 @@ class Op:
     def _strict(self, requested: str, problem: Any) -> Implementation:
         for implementation in self.implementations:
             if implementation.name == requested:
-                reason = implementation.supports(problem)
+                reason = implementation.refuses(problem, current_device())
                 if reason is not None:
                     raise UnsupportedImplementationError(f"{self.name}: {requested} cannot run {problem}: {reason}")
                 self._log(requested, ["asked for by name"])
