@@ -67,6 +67,7 @@ class BuiltEngine:
             "vocab_size": self.model.vocab_size,
             "device": f"{device.platform}:{device.device_kind}",
             "dtype": self.limits.dtype,
+            "kv_cache_dtype": self.limits.kv_dtype,
             "implementations": dict(self.implementations),
             "max_model_len": self.limits.max_model_len,
             "max_num_seqs": self.limits.max_num_seqs,
@@ -159,11 +160,11 @@ def _size(
         head_dim=model.head_dim,
         page_size=limits.block_size,
         dtype=limits.dtype,
-        kv_dtype=limits.dtype,
-        implementation=config.kernels.implementation,
+        kv_dtype=limits.kv_dtype,
+        implementation=config.kernels.attention_implementation,
     )
     structure = FunctionalModel(lambda: Decoder(model, problem, dtype=limits.dtype))
-    one = KVLayout(1, model.num_kv_heads, limits.block_size, model.head_dim, limits.dtype)
+    one = KVLayout(1, model.num_kv_heads, limits.block_size, model.head_dim, limits.kv_dtype)
     useful = limits.max_num_seqs * limits.max_blocks_per_seq
     weights = sum(array.nbytes for array in params.values())
 

@@ -18,7 +18,8 @@ from engine.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
 POLICIES = ("fcfs", "priority")
-IMPLEMENTATIONS = ("auto", "reference", "xla", "mosaic_gpu")
+IMPLEMENTATIONS = ("auto", "reference", "xla", "mosaic_gpu", "mosaic_gpu_simulated")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3")
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:  # noqa: A002 - argparse's own word
@@ -90,10 +91,14 @@ class CacheConfig:
     gpu_memory_utilization: float = _setting(0.92, "fraction of a GPU's memory that the engine may fill")
     kv_cache_memory_bytes: int | None = _setting(None, "bytes for KV blocks; overrides the memory ledger")
     num_gpu_blocks_override: int | None = _setting(None, "number of KV blocks; overrides the memory ledger")
+    kv_cache_dtype: str = _setting(
+        "auto", "what keys and values are kept as; auto = the dtype of the activations", KV_CACHE_DTYPES
+    )
     enable_prefix_caching: bool = _setting(True, "share KV blocks between requests with equal prefixes")
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _check(
             self.block_size in (8, 16, 32, 64, 128), f"block_size must be 8, 16, 32, 64 or 128; got {self.block_size}."
         )
@@ -158,13 +163,13 @@ class CompileConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """Which implementation of each operation runs; 'auto' climbs the ladder and logs its choice."""
+    """Which implementation runs: 'auto' climbs the ladder and logs its choice, a name runs or refuses."""
 
-    implementation: str = _setting("auto", "implementation of all operations", IMPLEMENTATIONS)
+    attention_implementation: str = _setting("auto", "implementation of paged attention", IMPLEMENTATIONS)
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        _check_choice("attention_implementation", self.attention_implementation, IMPLEMENTATIONS)
 
 
 PARTS = ("load", "cache", "scheduler", "compile", "kernels")

@@ -12,6 +12,7 @@ from models.inputs import ForwardInputs
 from models.layers.attention import Attention, StepContext
 from models.layers.basic import GatedMlp, RMSNorm
 from models.layers.rope import cos_sin
+from pallas_kernels.kv_layout import Pages
 from pallas_kernels.kv_write import slots_of
 from pallas_kernels.matmul import matmul
 from pallas_kernels.paged_attention import AttentionProblem, plan_attention
@@ -26,7 +27,7 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = GatedMlp(config, dtype=dtype)
 
-    def __call__(self, x: jax.Array, pages: jax.Array, step: StepContext) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, pages: Pages, step: StepContext) -> tuple[jax.Array, Pages]:
         """[T, E] and this layer's pages -> both, advanced."""
         attended, pages = self.attn(self.attn_norm(x), pages, step)
         x = x + attended
@@ -51,7 +52,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.problem = problem
 
-    def __call__(self, inputs: ForwardInputs, cache: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def __call__(self, inputs: ForwardInputs, cache: tuple[Pages, ...]) -> tuple[jax.Array, tuple[Pages, ...]]:
         """Run one ragged batch.
 
         Args:

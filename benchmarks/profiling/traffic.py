@@ -92,9 +92,9 @@ def _program(built: BuiltEngine) -> ModelProgram:
         head_dim=model.head_dim,
         page_size=limits.block_size,
         dtype=limits.dtype,
-        kv_dtype=limits.dtype,
+        kv_dtype=limits.kv_dtype,
     )
-    layout = KVLayout(built.ledger.num_blocks, model.num_kv_heads, limits.block_size, model.head_dim, limits.dtype)
+    layout = KVLayout(built.ledger.num_blocks, model.num_kv_heads, limits.block_size, model.head_dim, limits.kv_dtype)
     structure = FunctionalModel(lambda: Decoder(model, problem, dtype=limits.dtype))
     return ModelProgram(structure, model, limits, layout)
 

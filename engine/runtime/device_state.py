@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from engine.runtime.sampling import SamplerState
-from pallas_kernels.kv_layout import KVLayout
+from pallas_kernels.kv_layout import KVLayout, Pages
 
 
 @jax.tree_util.register_dataclass
@@ -21,11 +21,11 @@ class ForwardState:
     """What the forward pass advances.
 
     Attributes:
-        cache: pages of each layer, `[N, 2, K, P, D]`.
+        cache: pages of each layer.
         block_tables: int32[R+1, B], page ids of the sequence in each row; the last row is padding's.
     """
 
-    cache: tuple[jax.Array, ...]
+    cache: tuple[Pages, ...]
     block_tables: jax.Array
 
 

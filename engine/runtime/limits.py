@@ -12,6 +12,7 @@ from models.config import ModelConfig
 
 CPU_SEQS, CPU_TOKENS = 64, 2048
 GPU_SEQS, GPU_TOKENS = 256, 8192
+KV_DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}  # kv_cache_dtype -> JAX's name
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class RuntimeLimits:
         max_num_batched_tokens: most tokens in a step.
         max_model_len: longest sequence, in tokens.
         block_size: P.
-        dtype: of weights, activations and KV cache.
+        dtype: of weights and activations.
+        kv_dtype: of the KV cache.
     """
 
     max_num_seqs: int
@@ -31,6 +33,7 @@ class RuntimeLimits:
     max_model_len: int
     block_size: int
     dtype: str
+    kv_dtype: str
 
     @property
     def max_blocks_per_seq(self) -> int:
@@ -67,4 +70,5 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: str) -> Runt
             f"max_num_batched_tokens={tokens} must be at least max_num_seqs={seqs}: "
             "each running sequence needs a token per step."
         )
-    return RuntimeLimits(seqs, tokens, length, config.cache.block_size, dtype)
+    kv_dtype = KV_DTYPES.get(config.cache.kv_cache_dtype, dtype)
+    return RuntimeLimits(seqs, tokens, length, config.cache.block_size, dtype, kv_dtype)

@@ -12,6 +12,7 @@ from flax import nnx
 from models.config import LayerConfig, ModelConfig
 from models.layers.basic import Linear, RMSNorm
 from models.layers.rope import rotate
+from pallas_kernels.kv_layout import Pages
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import AttentionProblem, paged_attention
 
@@ -44,7 +45,7 @@ class Attention(nnx.Module):
         self.layer = layer
         self.problem = problem
 
-    def __call__(self, x: jax.Array, pages: jax.Array, step: StepContext) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, pages: Pages, step: StepContext) -> tuple[jax.Array, Pages]:
         """[T, E] and this layer's pages -> [T, E] and the pages with this step's keys and values."""
         problem, dim = self.problem, self.problem.head_dim
         num_q, num_kv = problem.num_heads * dim, problem.num_kv_heads * dim

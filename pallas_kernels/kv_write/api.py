@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_layout import NULL_PAGE
+from pallas_kernels.kv_layout import NULL_PAGE, Pages
 from pallas_kernels.kv_write import reference, xla
 from pallas_kernels.op import Implementation, Op
 from pallas_kernels.ragged import RaggedBatch, token_positions, token_sequences
@@ -36,17 +36,17 @@ def slots_of(batch: RaggedBatch, num_tokens: int, page_size: int) -> jax.Array:
 
 
 def kv_write(
-    pages: jax.Array, keys: jax.Array, values: jax.Array, slots: jax.Array, *, implementation: str = "auto"
-) -> jax.Array:
+    pages: Pages, keys: jax.Array, values: jax.Array, slots: jax.Array, *, implementation: str = "auto"
+) -> Pages:
     """Write rows of keys and values into their slots, in place if the caller donates `pages`.
 
     Args:
-        pages: [N, 2, K, P, D], see `kv_layout`.
+        pages: [N, 2, K, P, D], see `kv_layout`; quantized pages get quantized rows and their scales.
         keys, values: [T, K, D], after rope.
         slots: int32[T], from `slots_of`; distinct but for slots of the null page.
 
     Returns:
         The pages, same shape and dtype.
     """
-    run = OP.choose(implementation, pages.shape).functions["run"]
+    run = OP.choose(implementation, pages.data.shape).functions["run"]
     return run(pages, keys, values, slots)

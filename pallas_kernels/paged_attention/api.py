@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.kv_layout import Pages
 from pallas_kernels.op import Implementation, Op
 from pallas_kernels.paged_attention import reference, xla
 from pallas_kernels.ragged import RaggedBatch
@@ -69,13 +70,14 @@ def plan_attention(batch: RaggedBatch, num_tokens: int, problem: AttentionProble
 
 def paged_attention(
     q: jax.Array,
-    pages: jax.Array,
+    pages: Pages,
     plan: Any,
     problem: AttentionProblem,
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of every token row over its own sequence's pages.
 
@@ -86,14 +88,16 @@ def paged_attention(
 
     Args:
         q: [T, H, D].
-        pages: [N, 2, K, P, D], see `kv_layout`.
+        pages: [N, 2, K, P, D], with scales if quantized, see `kv_layout`.
         plan: from `plan_attention` of the same batch and problem.
         scale: multiplies the scores before the softmax.
         window: sliding window in tokens; None = all.
         soft_cap: scores become `cap * tanh(score / cap)`.
+        sinks: [H], one more score per head that takes part in the softmax and has no value (attention sinks as in
+            gpt-oss).
 
     Returns:
         [T, H, D] in q's dtype; padding rows are 0.
     """
     run = OP.choose(problem.implementation, problem).functions["run"]
-    return run(q, pages, plan, problem, scale=scale, window=window, soft_cap=soft_cap)
+    return run(q, pages, plan, problem, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)

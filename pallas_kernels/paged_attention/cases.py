@@ -16,7 +16,7 @@ class Case:
         query_lens: new tokens of each sequence.
         context_lens: tokens in the cache after this step, per sequence; at least the query length.
         num_heads, num_kv_heads, head_dim, page_size: H, K, D, P.
-        window, soft_cap: options of the call.
+        window, soft_cap, sinks: options of the call; sinks: whether heads have one.
         num_tokens, num_seqs: the bucket, padding included; 0 = no padding.
         max_blocks: width of the block tables; 0 = as long as needed.
     """
@@ -30,6 +30,7 @@ class Case:
     page_size: int = 16
     window: int | None = None
     soft_cap: float | None = None
+    sinks: bool = False
     num_tokens: int = 0
     num_seqs: int = 0
     max_blocks: int = 0
@@ -75,6 +76,8 @@ CASES: tuple[Case, ...] = (
     Case("mixed window", (140, 1, 3, 150), (140, 90, 333, 400), window=37, num_tokens=512, num_seqs=8),
     Case("drafts", (4, 2, 1, 3), (50, 333, 7, 3)),
     Case("soft cap", (20, 1), (20, 77), soft_cap=5.0),
+    Case("sinks", (20, 1, 1), (20, 77, 1), sinks=True, num_tokens=32, num_seqs=4),
+    Case("sinks, window", (90, 1), (300, 130), sinks=True, window=40),
     Case("one head", (3, 40), (90, 40), num_heads=1, num_kv_heads=1, head_dim=24, page_size=8),
     Case("mqa, large group", (1, 33), (500, 33), num_heads=32, num_kv_heads=1, head_dim=128),
     Case("page 32", (1, 50), (95, 50), page_size=32, num_heads=8, num_kv_heads=2, head_dim=80),

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_layout import Pages, dequantize
 from pallas_kernels.ragged import RaggedBatch, token_positions, token_sequences
 
 
@@ -18,13 +19,14 @@ def plan(batch: RaggedBatch, num_tokens: int, problem: Any) -> RaggedBatch:
 
 def run(
     q: jax.Array,
-    pages: jax.Array,
+    pages: Pages,
     plan: RaggedBatch,
     problem: Any,
     *,
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """See `api.paged_attention`. Materialises every row's whole context: for checking, not for use."""
     batch, num_tokens = plan, q.shape[0]
@@ -32,7 +34,7 @@ def run(
     sequence = token_sequences(batch, num_tokens)
     position = token_positions(batch, num_tokens)
     tables = batch.block_tables[sequence]  # [T, B]
-    kv = pages[tables].astype(jnp.float32)  # [T, B, 2, K, P, D]
+    kv = dequantize(pages)[tables]  # [T, B, 2, K, P, D]
     kv = jnp.moveaxis(kv, 1, 3)  # [T, 2, K, B, P, D]
     kv = kv.reshape(*kv.shape[:3], -1, problem.head_dim)
     keys, values = (jnp.repeat(kv[:, i], group, axis=1) for i in (0, 1))  # [T, H, C, D]
@@ -45,10 +47,11 @@ def run(
         visible &= key_position > position[:, None] - window
     visible &= (jnp.arange(num_tokens) < batch.query_start[batch.num_seqs])[:, None]
     scores = jnp.where(visible[:, None, :], scores, -jnp.inf)
-    weights = jnp.exp(
-        scores - jnp.where(visible.any(-1), scores.max((1, 2), where=visible[:, None], initial=-1e30), 0)[:, None, None]
-    )
-    weights = jnp.where(visible[:, None, :], weights, 0.0)
-    total = jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    sink = jnp.full((problem.num_heads,), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
+    top = jnp.maximum(scores.max(-1), sink)  # [T, H]
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.where(visible[:, None, :], jnp.exp(scores - top[..., None]), 0.0)
+    total = weights.sum(-1, keepdims=True) + jnp.exp(sink - top)[..., None]
+    total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     values = jnp.where(visible[:, None, :, None], values, 0.0)
     return jnp.einsum("thc,thcd->thd", weights / total, values, precision="highest").astype(q.dtype)

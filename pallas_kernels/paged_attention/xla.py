@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.kv_layout import rows_view
+from pallas_kernels.kv_layout import Pages, rows_view
 from pallas_kernels.ragged import RaggedBatch, token_positions, token_sequences
 
 ROW_LIMIT = 4  # sequences with at most this many new tokens go row by row
@@ -139,16 +139,17 @@ def plan(batch: RaggedBatch, num_tokens: int, problem: Any) -> Plan:
 
 def run(
     q: jax.Array,
-    pages: jax.Array,
+    pages: Pages,
     plan: Plan,
     problem: Any,
     *,
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """See `api.paged_attention`."""
-    options = _Options(scale, window, soft_cap)
+    options = _Options(scale, window, soft_cap, _by_group(sinks, problem))
     out = _run_rows(q, pages, plan, jnp.zeros(q.shape, q.dtype), problem, options)
     if _has_tiles(q.shape[0]):
         for tiles in plan.tiles:
@@ -161,6 +162,7 @@ class _Options:
     scale: float
     window: int | None
     soft_cap: float | None
+    sinks: jax.Array | None  # float32[K, H/K]
 
     def scores(self, scores: jax.Array, visible: jax.Array) -> jax.Array:
         scores = scores * self.scale
@@ -178,38 +180,57 @@ class _Options:
         return jnp.maximum(position - self.window + 1, 0) // chunk
 
 
-def _gather(rows: jax.Array, page_ids: jax.Array, num_kv_heads: int, which: int) -> jax.Array:
-    """Tiles of the keys (0) or values (1) of some pages: `[..., n]` page ids -> `[..., K, n, P*D]`, in one gather."""
-    heads = jnp.arange(num_kv_heads, dtype=jnp.int32)
-    index = (page_ids[..., None, :] * 2 + which) * num_kv_heads + heads[:, None]
-    return rows.at[index].get(mode="clip")
+def _by_group(sinks: jax.Array | None, problem: Any) -> jax.Array | None:
+    return None if sinks is None else sinks.astype(jnp.float32).reshape(problem.num_kv_heads, -1)
 
 
-def _tile_dtype(q: jax.Array, pages: jax.Array) -> Any:
+def _gather(pages: Pages, page_ids: jax.Array, which: int, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Keys (0) or values (1) of some pages, `[..., K, n*P, D]`, and their scales, float32[..., K, n*P] or None; each in
+    one gather.
+
+    Args:
+        page_ids: int32[..., n].
+        dtype: of the keys or values, as stored: the caller applies the scales where that is cheapest.
+    """
+    kv_heads, _, dim = pages.data.shape[2:]
+    heads = jnp.arange(kv_heads, dtype=jnp.int32)
+    index = (page_ids[..., None, :] * 2 + which) * kv_heads + heads[:, None]
+    shape = (*page_ids.shape[:-1], kv_heads, -1)
+    stored = rows_view(pages.data).at[index].get(mode="clip").astype(dtype).reshape(*shape, dim)
+    if pages.scales is None:
+        return stored, None
+    return stored, rows_view(pages.scales).at[index].get(mode="clip").reshape(shape)
+
+
+def _tile_dtype(q: jax.Array, pages: Pages) -> Any:
     """dtype of a tile's operands: bfloat16 stays (its dots run at twice the speed and its products are exact in the
-    float32 sums), everything else is float32 (float16 dots are slow on CPU, and would overflow)."""
-    return jnp.bfloat16 if q.dtype == pages.dtype == jnp.bfloat16 else jnp.float32
+    float32 sums; int8 and fp8 are exact in it), everything else is float32 (float16 dots are slow on CPU, and would
+    overflow)."""
+    exact = (jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn)
+    return jnp.bfloat16 if q.dtype == jnp.bfloat16 and pages.data.dtype in exact else jnp.float32
 
 
-def _online(carry: tuple, scores: jax.Array, values: jax.Array, product: str) -> tuple:
-    """One chunk of the online softmax. `carry` = running maximum, sum and weighted values."""
+def _online(carry: tuple, scores: jax.Array, values: jax.Array, value_scales: jax.Array | None, product: str) -> tuple:
+    """One chunk of the online softmax. `carry` = running maximum, sum and weighted values; `value_scales` are shaped
+    like the scores, or None."""
     top, total, acc = carry
     new_top = jnp.maximum(top, scores.max(-1))
     weights = jnp.exp(scores - new_top[..., None])
     shrink = jnp.exp(top - new_top)
     total = total * shrink + weights.sum(-1)
+    if value_scales is not None:
+        weights = weights * value_scales
     acc = acc * shrink[..., None] + jnp.einsum(
         product, weights.astype(values.dtype), values, preferred_element_type=jnp.float32
     )
     return new_top, total, acc
 
 
-def _empty(shape: tuple[int, ...], head_dim: int) -> tuple:
-    return (
-        jnp.full(shape, MASKED, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, head_dim), jnp.float32),
-    )
+def _empty(shape: tuple[int, ...], head_dim: int, sinks: jax.Array | None) -> tuple:
+    """The carry before the first chunk; a sink (shaped to broadcast to `shape`) is a score that has been seen."""
+    top = jnp.full(shape, MASKED, jnp.float32) if sinks is None else jnp.broadcast_to(sinks, shape)
+    total = jnp.full(shape, 0.0 if sinks is None else 1.0, jnp.float32)
+    return top, total, jnp.zeros((*shape, head_dim), jnp.float32)
 
 
 def _finish(carry: tuple) -> jax.Array:
@@ -218,13 +239,12 @@ def _finish(carry: tuple) -> jax.Array:
     return jnp.where(seen[..., None], acc / jnp.where(seen, total, 1.0)[..., None], 0.0)
 
 
-def _run_rows(q: jax.Array, pages: jax.Array, plan: Plan, out: jax.Array, problem: Any, options: _Options) -> jax.Array:
+def _run_rows(q: jax.Array, pages: Pages, plan: Plan, out: jax.Array, problem: Any, options: _Options) -> jax.Array:
     """Write the results of the row loop into `out`."""
     num_tokens, heads, dim = q.shape
     kv_heads, group = problem.num_kv_heads, _group(num_tokens)
     chunk_pages = _chunk_pages(problem.page_size)
     chunk = chunk_pages * problem.page_size
-    rows = rows_view(pages)
 
     def one_group(index: jax.Array, out: jax.Array) -> jax.Array:
         members = lax.dynamic_slice_in_dim(plan.order, index * group, group)
@@ -237,15 +257,20 @@ def _run_rows(q: jax.Array, pages: jax.Array, plan: Plan, out: jax.Array, proble
             ids = lax.dynamic_slice_in_dim(tables, step * chunk_pages, chunk_pages, axis=1)
             key_position = step * chunk + jnp.arange(chunk, dtype=jnp.int32)
             visible = options.visible(key_position, position[:, None])[:, None, None, :]  # [G, 1, 1, C]
-            keys = _gather(rows, ids, kv_heads, 0).astype(jnp.float32).reshape(group, kv_heads, chunk, dim)
-            values = _gather(rows, ids, kv_heads, 1).astype(jnp.float32).reshape(group, kv_heads, chunk, dim)
+            keys, key_scales = _gather(pages, ids, 0, jnp.float32)  # [G, K, C, D]
+            values, value_scales = _gather(pages, ids, 1, jnp.float32)
             # What lies beyond the context may be anything, NaN included: 0 * NaN would poison the sum.
             values = jnp.where(visible[:, :, 0, :, None], values, 0.0)
             scores = jnp.einsum("gkrd,gkcd->gkrc", queries, keys)
-            return _online(carry, options.scores(scores, visible), values, "gkrc,gkcd->gkrd")
+            if key_scales is not None and value_scales is not None:
+                scores = scores * key_scales[:, :, None]
+                value_scales = jnp.where(visible[:, :, 0], value_scales, 0.0)[:, :, None]
+            return _online(carry, options.scores(scores, visible), values, value_scales, "gkrc,gkcd->gkrd")
 
         first = options.first_chunk(jnp.where(position < 0, position.max(), position), chunk).min()
-        carry = lax.fori_loop(first, position.max() // chunk + 1, one_chunk, _empty(queries.shape[:3], dim))
+        carry = lax.fori_loop(
+            first, position.max() // chunk + 1, one_chunk, _empty(queries.shape[:3], dim, options.sinks)
+        )
         # Rows of the last group that belong to tiles get 0 here, and their values from the tile loops after this one.
         return out.at[members].set(_finish(carry).reshape(group, heads, dim).astype(out.dtype), mode="drop")
 
@@ -253,7 +278,7 @@ def _run_rows(q: jax.Array, pages: jax.Array, plan: Plan, out: jax.Array, proble
 
 
 def _run_tiles(
-    q: jax.Array, pages: jax.Array, plan: Plan, tiles: TileList, out: jax.Array, problem: Any, options: _Options
+    q: jax.Array, pages: Pages, plan: Plan, tiles: TileList, out: jax.Array, problem: Any, options: _Options
 ) -> jax.Array:
     """Write the results of one list of tiles into `out`."""
     num_tokens, heads, dim = q.shape
@@ -261,7 +286,6 @@ def _run_tiles(
     queries_per_kv = heads // kv_heads
     chunk_pages = _chunk_pages(problem.page_size)
     chunk = chunk_pages * problem.page_size
-    rows = rows_view(pages)
     operand = _tile_dtype(q, pages)
     batch = plan.batch
 
@@ -282,16 +306,21 @@ def _run_tiles(
             ids = lax.dynamic_slice_in_dim(table, step * chunk_pages, chunk_pages)
             key_position = step * chunk + jnp.arange(chunk, dtype=jnp.int32)
             visible = options.visible(key_position, position[:, None])  # [tile, C]
-            keys = _gather(rows, ids, kv_heads, 0).astype(operand).reshape(kv_heads, chunk, dim)
-            values = _gather(rows, ids, kv_heads, 1).astype(operand).reshape(kv_heads, chunk, dim)
-            values = jnp.where((key_position < batch.context_lens[sequence])[:, None], values, 0)
+            keys, key_scales = _gather(pages, ids, 0, operand)  # [K, C, D]
+            values, value_scales = _gather(pages, ids, 1, operand)
+            known = key_position < batch.context_lens[sequence]
+            values = jnp.where(known[:, None], values, 0)
             scores = jnp.einsum("kmd,kcd->kmc", queries, keys, preferred_element_type=jnp.float32)
+            if key_scales is not None and value_scales is not None:
+                scores = scores * key_scales[:, None]
+                value_scales = jnp.where(known, value_scales, 0.0)[:, None]
             scores = options.scores(scores.reshape(kv_heads, queries_per_kv, tile, chunk), visible)
             scores = scores.reshape(kv_heads, queries_per_kv * tile, chunk)
-            return _online(carry, scores, values, "kmc,kcd->kmd")
+            return _online(carry, scores, values, value_scales, "kmc,kcd->kmd")
 
+        sinks = None if options.sinks is None else jnp.repeat(options.sinks, tile, axis=1)  # as the rows of the scores
         first = options.first_chunk(batch.context_lens[sequence] - 1 - last + start, chunk)
-        carry = lax.fori_loop(first, position.max() // chunk + 1, one_chunk, _empty(queries.shape[:2], dim))
+        carry = lax.fori_loop(first, position.max() // chunk + 1, one_chunk, _empty(queries.shape[:2], dim, sinks))
         result = _finish(carry).reshape(kv_heads, queries_per_kv, tile, dim).transpose(2, 0, 1, 3)
         result = result.reshape(tile, heads, dim).astype(out.dtype)
         current = lax.dynamic_slice_in_dim(out, first_row, tile)

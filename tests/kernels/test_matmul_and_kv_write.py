@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import kv_write as kv
 from pallas_kernels import matmul as mm
-from pallas_kernels.kv_layout import NULL_PAGE, KVLayout, rows_view
+from pallas_kernels.kv_layout import NULL_PAGE, QUANTIZED, KVLayout, Pages, dequantize, quantize, rows_view
 from pallas_kernels.kv_write.cases import CASES as KV_CASES
 from pallas_kernels.kv_write.cases import Case as KVCase
 from pallas_kernels.matmul.cases import CASES as MATMUL_CASES
@@ -34,9 +34,10 @@ def test_matmul(case: MatmulCase, implementation: str, dtype: str) -> None:
     assert call(x, w, transposed=case.transposed, implementation=implementation).dtype == x.dtype
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", *QUANTIZED])
 @pytest.mark.parametrize("implementation", [i.name for i in kv.OP.implementations if i.name != "reference"])
 @pytest.mark.parametrize("case", KV_CASES, ids=lambda c: c.name)
-def test_kv_write(case: KVCase, implementation: str) -> None:
+def test_kv_write(case: KVCase, implementation: str, dtype: str) -> None:
     rng = np.random.default_rng(1)
     heads, dim, size = 2, 8, case.page_size
     count = len(case.query_lens)
@@ -49,21 +50,27 @@ def test_kv_write(case: KVCase, implementation: str) -> None:
     starts[: count + 1] = np.concatenate([[0], np.cumsum(case.query_lens)])
     contexts = np.pad(np.asarray(case.context_lens, np.int32), (0, case.num_seqs - count))
     batch = RaggedBatch(jnp.asarray(starts), jnp.asarray(contexts), jnp.asarray(tables), jnp.int32(count))
-    layout = KVLayout(sum(needed) + 1, heads, size, dim, "float32")
-    pages = jnp.asarray(rng.standard_normal(layout.shape), jnp.float32)
+    layout = KVLayout(sum(needed) + 1, heads, size, dim, dtype)
+    old = jnp.asarray(rng.standard_normal(layout.shape), jnp.float32)
+    pages = Pages(*quantize(old, dtype)) if layout.is_quantized else Pages(old.astype(dtype))
     keys, values = (jnp.asarray(rng.standard_normal((case.num_tokens, heads, dim)), jnp.float32) for _ in range(2))
     slots = kv.slots_of(batch, case.num_tokens, size)
-    found = np.asarray(kv.kv_write(pages, keys, values, slots, implementation=implementation))
-    reference = np.asarray(kv.kv_write(pages, keys, values, slots, implementation="reference"))
+    write = jax.jit(kv.kv_write, static_argnames="implementation")
+    written = write(pages, keys, values, slots, implementation=implementation)
+    found = np.asarray(dequantize(written))
+    reference = np.asarray(dequantize(write(pages, keys, values, slots, implementation="reference")))
     np.testing.assert_array_equal(found[NULL_PAGE + 1 :], reference[NULL_PAGE + 1 :])
+    assert written.data.dtype == pages.data.dtype
 
-    expected, row = np.array(pages), 0  # and against loops that know nothing of slots
+    expected, row = np.array(dequantize(pages)), 0  # and against loops that know nothing of slots
     for s, (length, context) in enumerate(zip(case.query_lens, case.context_lens, strict=True)):
         for position in range(context - length, context):
             expected[tables[s, position // size], 0, :, position % size] = keys[row]
             expected[tables[s, position // size], 1, :, position % size] = values[row]
             row += 1
-    np.testing.assert_array_equal(found[NULL_PAGE + 1 :], expected[NULL_PAGE + 1 :])
+    # Half a step of the largest number of a row (int8: 1/254), or of the number itself (fp8: 1/16, bfloat16: 1/256).
+    atol = {"float32": 0.0, "bfloat16": 2e-2, "int8": 2e-2, "float8_e4m3fn": 0.2}[dtype]
+    np.testing.assert_allclose(found[NULL_PAGE + 1 :], expected[NULL_PAGE + 1 :], atol=atol)
 
 
 def test_rows_view_addresses_one_head_of_one_page() -> None:
@@ -71,3 +78,21 @@ def test_rows_view_addresses_one_head_of_one_page() -> None:
     pages = jnp.arange(np.prod(layout.shape), dtype=jnp.float32).reshape(layout.shape)
     np.testing.assert_array_equal(rows_view(pages)[(4 * 2 + 1) * 3 + 2], pages[4, 1, 2].ravel())
     assert layout.page_bytes == pages[0].nbytes
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_quantized_layout(dtype: str) -> None:
+    layout = KVLayout(5, 3, 8, 4, dtype)
+    pages = layout.empty()
+    assert pages.scales is not None and pages.scales.shape == layout.shape[:-1]
+    assert layout.page_bytes == (pages.data.nbytes + pages.scales.nbytes) // layout.num_pages
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("int8", 127), ("float8_e4m3fn", 448)])
+def test_quantize(dtype: str, largest: int) -> None:
+    """The largest magnitude of a row becomes the largest number, zeros stay zeros, and nothing overflows."""
+    x = jnp.asarray([[0.5, -2.0, 1.0], [0.0, 0.0, 0.0], [3e38, 0.0, -3e38]])
+    stored, scale = quantize(x, dtype)
+    np.testing.assert_array_equal(np.abs(np.asarray(stored, np.float32)).max(-1), [largest, 0, largest])
+    np.testing.assert_allclose(scale, [2 / largest, 0, 3e38 / largest], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(stored, np.float32) * np.asarray(scale)[:, None], x, rtol=0.07, atol=0.01)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.kv_layout import QUANTIZED, Pages, quantize
 from pallas_kernels.op import UnsupportedImplementationError
 from pallas_kernels.paged_attention import OP, AttentionProblem, paged_attention, plan_attention
 from pallas_kernels.paged_attention.cases import CASES, Case
@@ -27,7 +28,22 @@ def make_batch(case: Case, tables: np.ndarray) -> RaggedBatch:
     return RaggedBatch(jnp.asarray(starts), jnp.asarray(contexts), jnp.asarray(tables), jnp.int32(count))
 
 
-def make_inputs(case: Case, dtype: str, seed: int, poison: float = 0.0) -> tuple[jax.Array, jax.Array, RaggedBatch]:
+def sinks_of(case: Case) -> jax.Array | None:
+    """Sinks that matter: as large as the largest scores."""
+    return jnp.linspace(-1.0, 4.0, case.num_heads) if case.sinks else None
+
+
+def as_pages(data: np.ndarray, poisoned: np.ndarray, poison: float, dtype: str) -> Pages:
+    """Pages with what no query may see poisoned: the scales, where the stored numbers cannot be (int8 has no NaN)."""
+    if dtype not in QUANTIZED:
+        return Pages(jnp.asarray(np.where(poisoned[:, None, None, :, None], poison, data), dtype))
+    stored, scales = quantize(jnp.asarray(data), dtype)
+    return Pages(stored, jnp.where(poisoned[:, None, None, :], poison, scales))
+
+
+def make_inputs(
+    case: Case, dtype: str, seed: int, poison: float = 0.0, kv_dtype: str = ""
+) -> tuple[jax.Array, Pages, RaggedBatch]:
     """Random queries and pages; everything that no query may see (null page, tails of last pages, foreign pages) is
     `poison`.
     """
@@ -39,34 +55,40 @@ def make_inputs(case: Case, dtype: str, seed: int, poison: float = 0.0) -> tuple
     for row, context in enumerate(case.context_lens):
         for position in range(context):
             visible[tables[row, position // size], position % size] = True
-    pages = np.where(visible[:, None, None, :, None], pages, poison)
+    pages = as_pages(pages, ~visible, poison, kv_dtype or dtype)
     unused = np.ones_like(tables, bool)
     for row, context in enumerate(case.context_lens):
         unused[row, : -(-context // size)] = False
     tables = np.where(unused, num_pages + 1, tables)  # arbitrary entries beyond the context: a poisoned foreign page
     q = rng.standard_normal((case.padded_tokens, case.num_heads, case.head_dim)).astype(np.float32)
-    return jnp.asarray(q, dtype), jnp.asarray(pages, dtype), make_batch(case, tables)
+    return jnp.asarray(q, dtype), pages, make_batch(case, tables)
 
 
-def run(case: Case, implementation: str, q: jax.Array, pages: jax.Array, batch: RaggedBatch) -> np.ndarray:
+def run(case: Case, implementation: str, q: jax.Array, pages: Pages, batch: RaggedBatch) -> np.ndarray:
     problem = AttentionProblem(
-        case.num_heads, case.num_kv_heads, case.head_dim, case.page_size, str(q.dtype), str(pages.dtype), implementation
+        num_heads=case.num_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        page_size=case.page_size,
+        dtype=str(q.dtype),
+        kv_dtype=str(pages.data.dtype),
+        implementation=implementation,
     )
 
     @jax.jit
-    def call(q: jax.Array, pages: jax.Array, batch: RaggedBatch) -> jax.Array:
+    def call(q: jax.Array, pages: Pages, batch: RaggedBatch) -> jax.Array:
         plan = plan_attention(batch, case.padded_tokens, problem)
-        return paged_attention(
-            q, pages, plan, problem, scale=case.head_dim**-0.5, window=case.window, soft_cap=case.soft_cap
-        )
+        options = {"window": case.window, "soft_cap": case.soft_cap, "sinks": sinks_of(case)}
+        return paged_attention(q, pages, plan, problem, scale=case.head_dim**-0.5, **options)
 
     return np.asarray(call(q, pages, batch), np.float32)
 
 
-def dense_numpy(case: Case, q: jax.Array, pages: jax.Array, batch: RaggedBatch) -> np.ndarray:
+def dense_numpy(case: Case, q: jax.Array, pages: Pages, batch: RaggedBatch) -> np.ndarray:
     """An independent reading of the specification: loops, float64."""
     out = np.zeros(q.shape, np.float64)
-    queries, kv, tables = np.asarray(q, np.float64), np.asarray(pages, np.float64), np.asarray(batch.block_tables)
+    queries, kv, tables = np.asarray(q, np.float64), np.asarray(pages.data, np.float64), np.asarray(batch.block_tables)
+    sinks = sinks_of(case)
     row, group = 0, case.num_heads // case.num_kv_heads
     for s, (length, context) in enumerate(zip(case.query_lens, case.context_lens, strict=True)):
         for i in range(length):
@@ -79,8 +101,10 @@ def dense_numpy(case: Case, q: jax.Array, pages: jax.Array, batch: RaggedBatch) 
                 scores = keys[:, h // group] @ queries[row, h] * case.head_dim**-0.5
                 if case.soft_cap is not None:
                     scores = case.soft_cap * np.tanh(scores / case.soft_cap)
-                weights = np.exp(scores - scores.max())
-                out[row, h] = weights / weights.sum() @ values[:, h // group]
+                sink = -np.inf if sinks is None else float(sinks[h])
+                top = max(scores.max(), sink)
+                weights = np.exp(scores - top)
+                out[row, h] = weights / (weights.sum() + np.exp(sink - top)) @ values[:, h // group]
             row += 1
     return out
 
@@ -91,13 +115,27 @@ def test_reference_against_loops(case: Case) -> None:
     np.testing.assert_allclose(run(case, "reference", q, pages, batch), dense_numpy(case, q, pages, batch), atol=3e-6)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+def widened(pages: Pages) -> Pages:
+    """The same numbers for a reference in float32."""
+    return pages if pages.scales is not None else Pages(pages.data.astype(jnp.float32))
+
+
+# Every case in the dtypes that most steps run in; the others, which differ in how pages are read, on a few.
+DTYPES = [("float32", "float32"), ("bfloat16", "bfloat16")]
+OTHER_DTYPES = [("float16", "float16"), ("float32", "int8"), *(("bfloat16", d) for d in QUANTIZED)]
+FEW = ("decode ragged, padded", "decode window", "mixed", "sinks, window", "page 32")
+GRID = [
+    *((case, *dtypes) for case in CASES for dtypes in DTYPES),
+    *((case, *dtypes) for case in CASES if case.name in FEW for dtypes in OTHER_DTYPES),
+]
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_against_reference(case: Case, implementation: str, dtype: str) -> None:
-    q, pages, batch = make_inputs(case, dtype, seed=2, poison=0.0)
-    expected = run(case, "reference", q.astype(jnp.float32), pages.astype(jnp.float32), batch)
-    _, poisoned, _ = make_inputs(case, dtype, seed=2, poison=float("nan"))
+@pytest.mark.parametrize(("case", "dtype", "kv_dtype"), GRID, ids=lambda x: x.name if isinstance(x, Case) else x)
+def test_against_reference(case: Case, implementation: str, dtype: str, kv_dtype: str) -> None:
+    q, pages, batch = make_inputs(case, dtype, seed=2, poison=0.0, kv_dtype=kv_dtype)
+    expected = run(case, "reference", q.astype(jnp.float32), widened(pages), batch)
+    _, poisoned, _ = make_inputs(case, dtype, seed=2, poison=float("nan"), kv_dtype=kv_dtype)
     found = run(case, implementation, q, poisoned, batch)
     live = sum(case.query_lens)
     np.testing.assert_allclose(found[:live], expected[:live], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
