@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import jax
 import pytest
 
 from engine.async_engine import AsyncEngine
@@ -84,7 +85,7 @@ class BrokenExecutor:
 
 def lose_state(executor: Executor) -> None:
     """What a step that raised after its arrays were donated leaves behind."""
-    for array in (*executor._forward_state.cache, executor._forward_state.block_tables):
+    for array in jax.tree.leaves(executor._forward_state):
         array.delete()
     executor._sample_state.last_token.delete()
 
