@@ -3,6 +3,12 @@
 The choice happens at trace time: it depends on static shapes and on the platform alone. "auto" takes the first
 implementation whose `supports` has no objection and logs it once, together with the reasons of those it passed over; a
 name is strict: it runs or raises.
+
+An op that has a GPU kernel also names `gpu_cases`: real workloads (`GpuCase`), each with its search space. From them
+alone `pallas_kernels.aot` compiles and judges every kernel without a GPU, and `pallas_kernels.tune` times it on one. An
+op's folder defines them once, in `gpu_cases.py`, and hands the function over in its `api.py`:
+
+    OP = Op(name="paged_attention", implementations=..., automatic=..., gpu_cases=gpu_cases)
 """
 
 from __future__ import annotations
@@ -60,13 +66,50 @@ def mosaic_gpu(
     )
 
 
+@dataclass(frozen=True)
+class GpuCase:
+    """A workload that a kernel is compiled, timed and tuned for.
+
+    Attributes:
+        name: for people, unique in its op: "decode, 64 x 8192, Llama-3.1-8B, int8 pages".
+        key: of its entry in the table of tuned configurations; what `config.py` makes of the problem. Cases with one
+            key are tuned together.
+        arguments: of the call, pytrees of `jax.ShapeDtypeStruct`. No array is made to describe a case.
+        function: (implementation's name, configuration or None) -> the function of `arguments`, not jitted; with None
+            it takes the configuration that `choose_config` chooses. Everything static is bound in it.
+        sample: (seed) -> arrays as `arguments` describes them: random, never zeros, with indices and lengths that are
+            valid and as uneven as the workload is. Called only where the case runs.
+        configs: the search space, frozen dataclasses of numbers, strings and booleans that `supports` does not refuse;
+            the first is the heuristic's choice.
+        instructions: beginnings of the opcodes that the compiled kernel must contain: "HGMMA", "UTMALDG".
+        num_bytes: that any implementation must move between memory and chip. num_flops: that it must compute.
+        tolerance: largest difference to XLA's result, in units of its root mean square.
+    """
+
+    name: str
+    key: str
+    arguments: tuple[Any, ...]
+    function: Callable[[str, Any], Callable[..., Any]]
+    sample: Callable[[int], tuple[Any, ...]]
+    configs: tuple[Any, ...]
+    instructions: tuple[str, ...]
+    num_bytes: int
+    num_flops: int
+    tolerance: float = 2e-2
+
+
 @dataclass
 class Op:
-    """An operation and its implementations, best first; those not `automatic` run only when asked for by name."""
+    """An operation and its implementations, best first; those not `automatic` run only when asked for by name.
+
+    Attributes:
+        gpu_cases: the workloads of its GPU kernel, none if it has no kernel.
+    """
 
     name: str
     implementations: tuple[Implementation, ...]
     automatic: tuple[str, ...]
+    gpu_cases: Callable[[], tuple[GpuCase, ...]] = tuple
     chosen: dict[str, str] = field(default_factory=dict)
 
     def choose(self, requested: str, problem: Any) -> Implementation:
