@@ -84,6 +84,8 @@ class GpuCase:
         instructions: beginnings of the opcodes that the compiled kernel must contain: "HGMMA", "UTMALDG".
         num_bytes: that any implementation must move between memory and chip. num_flops: that it must compute.
         tolerance: largest difference to XLA's result, in units of its root mean square.
+        in_table: whether it stands for its like: it is compiled by every run of the tests, and is a line of the table
+            in `docs/measurements/`. One per variant of a kernel is enough; the tuner takes all cases.
     """
 
     name: str
@@ -96,6 +98,7 @@ class GpuCase:
     num_bytes: int
     num_flops: int
     tolerance: float = 2e-2
+    in_table: bool = True
 
 
 @dataclass
