@@ -10,6 +10,8 @@ MAKEFLAGS += --no-print-directory
 
 VENV := .venv
 BIN := $(VENV)/bin
+VENV_AOT := .venv-aot
+BIN_AOT := $(VENV_AOT)/bin
 LOCK ?= requirements-lock.txt
 CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 12 || echo none)
 comma := ,
@@ -17,6 +19,7 @@ EXTRAS := dev$(if $(filter-out none,$(CUDA)),$(comma)cuda$(CUDA))
 
 # The stamp carries the extras, so that an environment made before a GPU was there is made anew.
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+STAMP_AOT := $(VENV_AOT)/.installed
 
 DEMO_PROMPT ?= In three sentences: what does a computer do while it waits for memory?
 DEMO_FLAGS ?= --max-model-len 1024 --max-num-seqs 4 --max-num-batched-tokens 256
@@ -30,13 +33,22 @@ help: ## list the targets
 setup: $(STAMP) ## make the environment in .venv (Python, dependencies, this package)
 	@echo "The environment is in $(VENV): $(BIN)/quire --help"
 
-$(STAMP): pyproject.toml $(LOCK)
+# $(call environment,DIRECTORY,REQUIREMENTS): make an environment, if need be, and install into it.
+define environment
 	@python=$$(PYTHON="$(PYTHON)" .ci/find-python) || exit 1; \
-	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || rm -rf $(VENV); \
-	test -d $(VENV) || { echo "Making $(VENV) with $$python"; "$$python" -m venv $(VENV); } || exit 1; \
-	echo "Installing quire-llm[$(EXTRAS)] (a minute or two the first time)"; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(LOCK),-c $(LOCK)) -e '.[$(EXTRAS)]' || exit 1; \
-	rm -f $(VENV)/.installed-*; touch $@
+	$(1)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || rm -rf $(1); \
+	test -d $(1) || { echo "Making $(1) with $$python"; "$$python" -m venv $(1); } || exit 1; \
+	echo "Installing $(2) (a minute or two the first time)"; \
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(LOCK),-c $(LOCK)) -e $(2) || exit 1; \
+	rm -f $(1)/.installed*; touch $@
+endef
+
+$(STAMP): pyproject.toml $(LOCK)
+	$(call environment,$(VENV),'.[$(EXTRAS)]')
+
+# Of its own: a CPU environment with the GPU plugin in it would look for a GPU at every start.
+$(STAMP_AOT): pyproject.toml $(LOCK)
+	$(call environment,$(VENV_AOT),'.[aot]' pytest hypothesis)
 
 demo: $(STAMP) ## stream an answer of a small real model, with its speed
 	@$(BIN)/quire generate --model demo --chat --temperature 0 --max-tokens 96 $(DEMO_FLAGS) "$(DEMO_PROMPT)"
@@ -51,8 +63,9 @@ test-all: $(STAMP) ## run all tests
 	@$(BIN)/python -m pytest -m "slow or not slow" tests/engine
 	@$(BIN)/python -m pytest -m "slow or not slow" --ignore=tests/engine
 
-test-kernels: $(STAMP) ## run all tests of the kernels
+test-kernels: $(STAMP) $(STAMP_AOT) ## run all tests of the kernels, compiling for a GPU that need not be there
 	@$(BIN)/python -m pytest -m "slow or not slow" tests/kernels
+	@$(BIN_AOT)/python -m pallas_kernels.aot run $(BIN_AOT)/python -m pytest -m "slow or not slow" tests/aot
 
 lint: $(STAMP) ## check style, format and types
 	@$(BIN)/ruff check .
@@ -71,5 +84,5 @@ bench-compare: $(STAMP) ## measure against other engines (each in its own enviro
 	@$(BIN)/python -m benchmarks.compare $(BENCH_FLAGS)
 
 clean: ## remove the environment and all caches of this folder (not the downloaded models)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_AOT) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
