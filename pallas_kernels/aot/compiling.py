@@ -37,6 +37,8 @@ class Compiled:
         kernels: those of Mosaic GPU, in the order of their compilation, each once.
         memory: of one execution.
         lower_s, compile_s: seconds to trace and lower, and to compile.
+        thunks: kinds of what the host launches one after the other, if it was asked for: ("kCommandBuffer",) is a
+            program that runs as one CUDA graph; a "kWhile" beside it waits for the device at each turn.
         executable: for `as_text()` and cost analysis; it cannot run here.
     """
 
@@ -46,6 +48,7 @@ class Compiled:
     lower_s: float
     compile_s: float
     executable: Any
+    thunks: tuple[str, ...] = ()
 
     def violations(self, instructions: Iterable[str] = ()) -> list[str]:
         """What is wrong with its kernels, see `report.violations`."""
@@ -77,9 +80,16 @@ def compile_for(
 
 
 def compile_lowered(
-    device: Device, lower: Callable[[], jax.stages.Lowered], *, compiler_options: Mapping[str, Any] | None = None
+    device: Device,
+    lower: Callable[[], jax.stages.Lowered],
+    *,
+    compiler_options: Mapping[str, Any] | None = None,
+    with_thunks: bool = False,
 ) -> Compiled:
     """As `compile_for`, of what `lower` traces and lowers, which may have donated arguments.
+
+    Args:
+        with_thunks: whether to find out how the host launches it.
 
     One at a time in a process: it reads what the compilers write to the standard streams.
     """
@@ -88,13 +98,15 @@ def compile_lowered(
         begin = time.monotonic()
         lowered = lower()
         lowered_at = time.monotonic()
-        with _captured_output() as captured:
+        with tempfile.TemporaryDirectory() as folder, _captured_output() as captured:
+            options = {**(compiler_options or {}), **({"xla_dump_to": folder} if with_thunks else {})}
             try:
-                executable = lowered.compile(compiler_options=dict(compiler_options or {}))
+                executable = lowered.compile(compiler_options=options)
             except Exception as error:
                 error.add_note(captured()[-4000:])
                 raise
-        compiled_at = time.monotonic()
+            compiled_at = time.monotonic()
+            thunks = _thunks(Path(folder)) if with_thunks else ()
     kernels = _reports(captured(), _launches(lowered))
     stats: Any = executable.memory_analysis()
     memory = MemoryReport(
@@ -103,7 +115,13 @@ def compile_lowered(
         temporaries=stats.temp_size_in_bytes,
         aliased=stats.alias_size_in_bytes,
     )
-    return Compiled(device, kernels, memory, lowered_at - begin, compiled_at - lowered_at, executable)
+    return Compiled(device, kernels, memory, lowered_at - begin, compiled_at - lowered_at, executable, thunks)
+
+
+def _thunks(folder: Path) -> tuple[str, ...]:
+    """Of the program whose compilation XLA dumped there."""
+    [file] = folder.glob("*.thunk_sequence_after_thunk_passes.txt")
+    return report.parse_thunks(file.read_text(encoding="utf-8"))
 
 
 @cache

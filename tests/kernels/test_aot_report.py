@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pallas_kernels.aot import launch
-from pallas_kernels.aot.report import KernelReport, parse_assembler_log, parse_disassembly, violations
+from pallas_kernels.aot.report import KernelReport, parse_assembler_log, parse_disassembly, parse_entry, parse_thunks, violations
 from pallas_kernels.mosaic import SMEM_LIMIT
 
 LOG = """\
@@ -62,6 +62,43 @@ def test_the_disassembly() -> None:
     assert opcodes["b"] == {"EXIT": 1}
     report = dataclasses.replace(GOOD, opcodes=opcodes["mosaic_gpu_decode_kernel"])
     assert report.count("HGMMA") == 2 and report.count("IGMMA") == 0
+
+
+THUNKS = """\
+000: kCommandBuffer [source       | next=018 (1)]
+    001: kCopy         [source        | next=002 (1)] kCopy
+018: kWhile         [prev=000 (1) | next=000 (1)]
+condition:
+    019: kCustomKernel [source | sink] wrapped_compare_1 grid: [1, 1, 1]
+  body:
+    000: kCommandBuffer [source       | next=029 (1)]
+"""
+
+HLO = """\
+HloModule jit_f
+
+%fused (p: bf16[64,32]) -> f32[64,32] {
+  ROOT %c = f32[64,32]{1,0} convert(%p)
+}
+
+ENTRY %main (x: bf16[64,32]) -> (f32[], bf16[2,3]) {
+  %x = bf16[64,32]{1,0} parameter(0), sharding={replicated}
+  %fusion.1 = (f32[]{:T(128)}, f8e4m3fn[2,3]{1,0}) fusion(%x), kind=kLoop, calls=%fused
+  ROOT %t = (f32[], bf16[2,3]{1,0}) tuple(%a, %b)
+}
+"""
+
+
+def test_the_outermost_thunks() -> None:
+    assert parse_thunks(THUNKS) == ("kCommandBuffer", "kWhile")
+
+
+def test_what_a_program_materializes() -> None:
+    assert parse_entry(HLO) == [
+        ("parameter", (("bf16", (64, 32)),)),
+        ("fusion", (("f32", ()), ("f8e4m3fn", (2, 3)))),
+        ("tuple", (("f32", ()), ("bf16", (2, 3)))),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""Whole forward passes for an H200: one CUDA graph, in place, and no copy of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import pytest
+
+from engine.runtime.buckets import Bucket
+from engine.runtime.executables import ModelProgram
+from pallas_kernels import paged_attention
+from pallas_kernels.aot import Compiled, compile_lowered
+from pallas_kernels.aot.report import parse_entry
+from pallas_kernels.device import H200
+from tests.aot.steps import CONFIGS, lower_step, model_config, page_bytes, program_of, state_bytes
+
+KERNEL = "mosaic_gpu"
+FEW_LAYERS = 3  # the layers of a model are alike
+SHAPES = {"decode": (64, 64), "prefill": (2048, 1)}  # tokens and sequences of a step
+IN_PLACE = ("parameter", "tuple", "get-tuple-element", "bitcast")
+
+pytestmark = pytest.mark.skipif(
+    all(implementation.name != KERNEL for implementation in paged_attention.OP.implementations),
+    reason="attention by XLA has loops that depend on data, which no CUDA graph holds",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A compiled step and what it was compiled from."""
+
+    program: ModelProgram
+    bucket: Bucket
+    compiled: Compiled
+
+
+def compile_step(name: str, kind: str, num_layers: int | None) -> Step:
+    program = program_of(model_config(name, num_layers), KERNEL)
+    bucket = program.buckets.choose(*SHAPES[kind])
+    return Step(program, bucket, compile_lowered(H200, lambda: lower_step(program, bucket), with_thunks=True))
+
+
+def copied_weights(step: Step) -> list[str]:
+    """Instructions that make an array as large as a weight, in any order of its dimensions."""
+    shapes = [shape.shape for shape in step.program.model.shapes.values() if len(shape.shape) > 1]
+    # An activation of T rows may look like a weight with T inputs.
+    wanted = {tuple(sorted(shape)) for shape in shapes if step.bucket.num_tokens not in shape}
+    return [
+        f"{opcode} makes {dtype}{list(shape)}"
+        for opcode, arrays in parse_entry(step.compiled.executable.as_text())
+        for dtype, shape in arrays
+        if opcode not in IN_PLACE and tuple(sorted(shape)) in wanted
+    ]
+
+
+def check(step: Step) -> None:
+    compiled, program = step.compiled, step.program
+    assert compiled.violations(["HGMMA", "UTMALDG"]) == []
+    assert compiled.thunks == ("kCommandBuffer",), "not one CUDA graph"
+    assert compiled.memory.aliased == state_bytes(program), "the state is not advanced in place"
+    assert copied_weights(step) == []
+    assert compiled.memory.temporaries < page_bytes(program), "room for a copy of a layer's pages"
+    calls = compiled.executable.as_text().count('custom_call_target="mosaic_gpu')
+    assert calls % len(program.config.layers) == 0 and calls >= len(program.config.layers)
+    assert len(compiled.kernels) == calls // len(program.config.layers), "layers do not share their kernels"
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_step(name: str, kind: str) -> None:
+    check(compile_step(name, kind, FEW_LAYERS))
+
+
+@pytest.mark.slow
+def test_step_of_full_depth() -> None:
+    step = compile_step("Llama-3.1-8B", "decode", None)
+    check(step)
+    weights = sum(prod(shape.shape) for shape in step.program.model.shapes.values())
+    assert 8.0e9 < weights < 8.1e9, "this is not the 8B model"
+    assert step.compiled.lower_s + step.compiled.compile_s < 120
