@@ -125,7 +125,9 @@ def parse_entry(text: str) -> list[tuple[str, tuple[tuple[str, tuple[int, ...]],
     for line in entry.splitlines():
         if match := _INSTRUCTION.match(line):
             arrays = _ARRAY.findall(match["type"])
-            found.append((match["opcode"], tuple((d, tuple(int(n) for n in dims.split(",") if n)) for d, dims in arrays)))
+            found.append(
+                (match["opcode"], tuple((d, tuple(int(n) for n in dims.split(",") if n)) for d, dims in arrays))
+            )
     return found
 
 

@@ -78,7 +78,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 PAGE_SIZE = 16
-NUM_PAGES = 8192
+NUM_PAGES = 32768  # so many that a copy of one layer's pages is more than all other temporaries
 
 
 def model_config(name: str, num_layers: int | None = None) -> ModelConfig:

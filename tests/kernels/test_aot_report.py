@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from pallas_kernels.aot import launch
-from pallas_kernels.aot.report import KernelReport, parse_assembler_log, parse_disassembly, parse_entry, parse_thunks, violations
+from pallas_kernels.aot.report import (
+    KernelReport,
+    parse_assembler_log,
+    parse_disassembly,
+    parse_entry,
+    parse_thunks,
+    violations,
+)
 from pallas_kernels.mosaic import SMEM_LIMIT
 
 LOG = """\
