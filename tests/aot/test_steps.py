@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from engine.runtime.buckets import Bucket
 from engine.runtime.executables import ModelProgram
 from pallas_kernels import paged_attention
-from pallas_kernels.aot import Compiled, compile_lowered
+from pallas_kernels.aot import Compiled, compile_for, compile_lowered
 from pallas_kernels.aot.report import parse_entry
 from pallas_kernels.device import H200
 from tests.aot.steps import CONFIGS, lower_step, model_config, page_bytes, program_of, state_bytes
@@ -20,7 +23,7 @@ FEW_LAYERS = 3  # the layers of a model are alike
 SHAPES = {"decode": (64, 64), "prefill": (2048, 1)}  # tokens and sequences of a step
 IN_PLACE = ("parameter", "tuple", "get-tuple-element", "bitcast")
 
-pytestmark = pytest.mark.skipif(
+needs_kernel = pytest.mark.skipif(
     all(implementation.name != KERNEL for implementation in paged_attention.OP.implementations),
     reason="attention by XLA has loops that depend on data, which no CUDA graph holds",
 )
@@ -41,17 +44,22 @@ def compile_step(name: str, kind: str, num_layers: int | None) -> Step:
     return Step(program, bucket, compile_lowered(H200, lambda: lower_step(program, bucket), with_thunks=True))
 
 
-def copied_weights(step: Step) -> list[str]:
-    """Instructions that make an array as large as a weight, in any order of its dimensions."""
-    shapes = [shape.shape for shape in step.program.model.shapes.values() if len(shape.shape) > 1]
-    # An activation of T rows may look like a weight with T inputs.
-    wanted = {tuple(sorted(shape)) for shape in shapes if step.bucket.num_tokens not in shape}
+def copied(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
+    """Instructions that make an array as large as one of the shapes, in any order of its dimensions."""
+    wanted = {tuple(sorted(shape)) for shape in shapes}
     return [
         f"{opcode} makes {dtype}{list(shape)}"
-        for opcode, arrays in parse_entry(step.compiled.executable.as_text())
+        for opcode, arrays in parse_entry(hlo)
         for dtype, shape in arrays
         if opcode not in IN_PLACE and tuple(sorted(shape)) in wanted
     ]
+
+
+def weight_shapes(step: Step) -> Iterator[tuple[int, ...]]:
+    """Of the matrices; without those that an activation of T rows may look like."""
+    for shape in step.program.model.shapes.values():
+        if len(shape.shape) > 1 and step.bucket.num_tokens not in shape.shape:
+            yield shape.shape
 
 
 def check(step: Step) -> None:
@@ -59,19 +67,31 @@ def check(step: Step) -> None:
     assert compiled.violations(["HGMMA", "UTMALDG"]) == []
     assert compiled.thunks == ("kCommandBuffer",), "not one CUDA graph"
     assert compiled.memory.aliased == state_bytes(program), "the state is not advanced in place"
-    assert copied_weights(step) == []
+    assert copied(compiled.executable.as_text(), weight_shapes(step)) == []
     assert compiled.memory.temporaries < page_bytes(program), "room for a copy of a layer's pages"
     calls = compiled.executable.as_text().count('custom_call_target="mosaic_gpu')
     assert calls % len(program.config.layers) == 0 and calls >= len(program.config.layers)
     assert len(compiled.kernels) == calls // len(program.config.layers), "layers do not share their kernels"
 
 
+@needs_kernel
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_step(name: str, kind: str) -> None:
     check(compile_step(name, kind, FEW_LAYERS))
 
 
+def test_a_copy_of_a_weight_is_seen() -> None:
+    def step(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        wide = weight.astype(jnp.float32).T
+        return x @ weight, jnp.cumsum(wide, axis=0)[-1]
+
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 512), (512, 1024)))
+    text = compile_for(H200, step, *shapes).executable.as_text()
+    assert copied(text, [(512, 1024)]) and not copied(text, [(512, 1000)])
+
+
+@needs_kernel
 @pytest.mark.slow
 def test_step_of_full_depth() -> None:
     step = compile_step("Llama-3.1-8B", "decode", None)
