@@ -9,34 +9,16 @@ times per step, its plan once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from pallas_kernels.kv_layout import Pages
-from pallas_kernels.op import Implementation, Op
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.op import Implementation, Op, mosaic_gpu
+from pallas_kernels.paged_attention import pallas_mosaic_gpu, reference, xla
+from pallas_kernels.paged_attention.gpu_cases import gpu_cases
+from pallas_kernels.paged_attention.problem import AttentionProblem
 from pallas_kernels.ragged import RaggedBatch
-
-
-@dataclass(frozen=True)
-class AttentionProblem:
-    """Static description of one attention call.
-
-    Attributes:
-        num_heads, num_kv_heads, head_dim, page_size: H, K, D, P; H is a multiple of K.
-        dtype: of queries and output. kv_dtype: of the pages.
-        implementation: "auto" or a name (strict).
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int
-    dtype: str
-    kv_dtype: str
-    implementation: str = "auto"
 
 
 def _everything(problem: AttentionProblem) -> str | None:
@@ -48,10 +30,12 @@ def _everything(problem: AttentionProblem) -> str | None:
 OP = Op(
     name="paged_attention",
     implementations=(
+        *mosaic_gpu(pallas_mosaic_gpu.make, pallas_mosaic_gpu.supports),
         Implementation("xla", {"plan": xla.plan, "run": xla.run}, _everything),
         Implementation("reference", {"plan": reference.plan, "run": reference.run}, _everything),
     ),
-    automatic=("xla",),
+    automatic=("mosaic_gpu", "xla"),
+    gpu_cases=gpu_cases,
 )
 
 
