@@ -37,11 +37,15 @@ class RaceStates:
         return taken
 
 
+def _on_host(leaf: object) -> object:
+    return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf
+
+
 def answer(task: Task, states: RaceStates) -> Answer:
     """Run a task."""
     detail, value = "", None
     try:
-        value = jax.tree.map(np.asarray, task.body(*task.arguments))
+        value = jax.tree.map(_on_host, task.body(*task.arguments))
         jax.effects_barrier()
     except Exception:
         detail = traceback.format_exc()
