@@ -27,7 +27,7 @@ from engine.text.tokenizer import Tokenizer
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.functional import FunctionalModel, Params
-from models.loading.load import load_model
+from models.loading.load import LoadedModel, load_model
 from models.loading.resolver import FetchOptions, ModelFiles, resolve_model, resolve_tokenizer
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.paged_attention import AttentionProblem
@@ -101,15 +101,11 @@ def _build(config: EngineConfig) -> BuiltEngine:
         tokenizer = _load_tokenizer(config.load, files, options)
     resolved = time.monotonic()
     with progress_bar("loading weights", show=show) as report:
-        loaded = load_model(files.path, config.load.load_format, config.load.dtype, config.load.seed, report)
-        jax.block_until_ready(loaded.params)
+        loaded = load_weights(config.load, files.path, report)
     loaded_at = time.monotonic()
 
-    dtype = str(next(iter(loaded.params.values())).dtype)
-    limits = resolve_limits(config, loaded.config, dtype)
-    enable_persistent_cache(config.compile, environment.cache_dir / "xla")
-    ledger, program = _size(config, loaded.config, loaded.params, limits)
-    logger.info("memory: %s", ledger)
+    ledger, program = make_program(config, loaded, environment.cache_dir / "xla")
+    limits = program.limits
     with progress_bar("compiling", show=show) as report:
         executables = compile_program(program, loaded.params, config.compile, report)
     executor = Executor(program, loaded.params, executables)
@@ -144,6 +140,36 @@ def _load_tokenizer(config: ModelLoadConfig, files: ModelFiles, options: FetchOp
     if config.skip_tokenizer_init:
         return None
     return Tokenizer.load(files.path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, options))
+
+
+def load_weights(config: ModelLoadConfig, path: Path, report: Report) -> LoadedModel:
+    """A model's config and its parameters, on the device.
+
+    Raises:
+        As `load_model`.
+    """
+    loaded = load_model(path, config.load_format, config.dtype, config.seed, report)
+    jax.block_until_ready(loaded.params)
+    return loaded
+
+
+def make_program(config: EngineConfig, loaded: LoadedModel, cache_dir: Path) -> tuple[MemoryLedger, ModelProgram]:
+    """What the executables of a loaded model are made from, with as many KV blocks as fit.
+
+    Args:
+        cache_dir: of compiled executables, unless the config names another.
+
+    Raises:
+        ConfigError: settings contradict the model or each other.
+        OutOfMemoryError: not even one request of `max_model_len` fits.
+        CacheWriteError: the cache cannot be made.
+    """
+    dtype = str(next(iter(loaded.params.values())).dtype)
+    limits = resolve_limits(config, loaded.config, dtype)
+    enable_persistent_cache(config.compile, cache_dir)
+    ledger, program = _size(config, loaded.config, loaded.params, limits)
+    logger.info("memory: %s", ledger)
+    return ledger, program
 
 
 def _size(

@@ -88,6 +88,13 @@ class ModelProgram:
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         return forward.lower(_shapes(params), state, last_token, packed, model=self.model, layout=layout)
 
+    def lower_sample(self, num_seqs: int, variant: SamplerVariant) -> Any:
+        """Trace and lower the sampling of so many sequences."""
+        _, state = self.state_shapes()
+        logits = jax.ShapeDtypeStruct((num_seqs, self.config.vocab_size), jnp.float32)
+        sampling = jax.ShapeDtypeStruct((num_seqs, WIDTH), jnp.int32)
+        return sample_step.lower(logits, sampling, state, variant=variant)
+
     @property
     def largest(self) -> Bucket:
         """The bucket with the most work space."""
@@ -124,8 +131,7 @@ class Executables:
 
 def compile_program(program: ModelProgram, params: Params, config: CompileConfig, report: Report) -> Executables:
     """Compile every bucket, those first that a first request meets."""
-    forward_state, sampling_state = program.state_shapes()
-    limits, vocab = program.limits, program.config.vocab_size
+    forward_state, _ = program.state_shapes()
     buckets = program.buckets
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -140,11 +146,10 @@ def compile_program(program: ModelProgram, params: Params, config: CompileConfig
         name = f"forward, {bucket.num_tokens} tokens of {bucket.num_seqs} sequences"
         job(("forward", bucket), name, partial(program.lower_forward, bucket, params))
     for seqs in sorted({b.num_seqs for b in buckets.all()}):
-        logits = array((seqs, vocab), jnp.float32)
         for variant in SamplerVariant:
-            lower = partial(sample_step.lower, logits, array((seqs, WIDTH), jnp.int32), sampling_state, variant=variant)
-            job(("sample", seqs, variant), f"{variant.name.lower()} sampling of {seqs} sequences", lower)
-    hidden = array((PROMPT_LOGPROB_ROWS, program.config.hidden_size), limits.dtype)
+            name = f"{variant.name.lower()} sampling of {seqs} sequences"
+            job(("sample", seqs, variant), name, partial(program.lower_sample, seqs, variant))
+    hidden = array((PROMPT_LOGPROB_ROWS, program.config.hidden_size), program.limits.dtype)
     targets = array((PROMPT_LOGPROB_ROWS,), jnp.int32)
     job("score", "prompt scores", partial(score_prompt.lower, _shapes(params), hidden, targets, model=program.model))
     updates = array((TABLE_UPDATES, UPDATE_WIDTH), jnp.int32)
