@@ -4,6 +4,7 @@
     compare/          Quire and its peers on the same workloads in one run, taking turns
     roofline.py       what the machine allows: bytes and operations of a workload, ceilings of the machine
     ceilings.py       measures those ceilings
+    gpu_session.py    all that is to be measured on a GPU, in one command; gpu/ has its parts
     profile_step.py   where the time of one engine step goes
     profiling/        reads XLA's traces for it
 

@@ -116,7 +116,7 @@ def observe(built: BuiltEngine, situation: Situation, num_steps: int, directory:
     Args:
         directory: gets the trace.
     """
-    fill = _fill_decoding if situation.num_rows else _fill_prompts
+    fill = fill_decoding if situation.num_rows else _fill_prompts
     spare = 3  # the steps at the ends of a trace are not whole, and two are in flight
     fill(built, situation, 2 * num_steps + 2 * spare)
     core, times = built.core, []
@@ -131,7 +131,7 @@ def observe(built: BuiltEngine, situation: Situation, num_steps: int, directory:
     with jax.profiler.trace(directory, profiler_options=options()):
         for _ in range(num_steps + spare):
             core.step()
-    _empty(built)
+    empty(built)
     return Observed(statistics.median(times), host, read(directory))
 
 
@@ -145,7 +145,7 @@ def _add(built: BuiltEngine, prompt_len: int, output_len: int) -> None:
     built.core.add(built.inputs.make(prompt, params))
 
 
-def _fill_decoding(built: BuiltEngine, situation: Situation, num_steps: int) -> None:
+def fill_decoding(built: BuiltEngine, situation: Situation, num_steps: int) -> None:
     """All rows past their prompts, with tokens left for the steps to come."""
     first_len = built.limits.max_num_batched_tokens // situation.length  # prompts that one step takes in
     prefill_steps = -(-situation.num_rows // max(1, first_len)) + 1
@@ -168,5 +168,5 @@ def _run_until(built: BuiltEngine, done: Callable[[], bool]) -> None:
         built.core.step()
 
 
-def _empty(built: BuiltEngine) -> None:
+def empty(built: BuiltEngine) -> None:
     _run_until(built, lambda: not built.core.has_work)
