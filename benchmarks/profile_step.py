@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare.report import table
+from benchmarks.markdown import table
 from benchmarks.profiling.attribution import Interval, mean_step, undisturbed_steps
 from benchmarks.profiling.categories import UNKNOWN, category, order
 from benchmarks.profiling.traffic import HOST_PARTS, Observed, Situation, bucket_of, instructions_of, observe

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 from benchmarks.compare.audit import DISTURBED
 from benchmarks.compare.results import (
     METRICS,
@@ -15,6 +13,7 @@ from benchmarks.compare.results import (
     ratios,
     roofline_percent,
 )
+from benchmarks.markdown import table
 from benchmarks.roofline import describe_ceilings
 from serving.timing import percentile
 
@@ -30,12 +29,6 @@ def markdown(results: Results, reference: str) -> str:
     parts += [_workload(results, name) for name in results.workloads]
     parts += [_ratio_table(results, reference), _ceilings(results), _failures(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def spread(summary: Summary | None, digits: int) -> str:

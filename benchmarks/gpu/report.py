@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.compare.report import table
+from benchmarks.costs import ModelCosts
 from benchmarks.gpu.models import model_config
 from benchmarks.gpu.part import Part, Record
 from benchmarks.gpu.records import DONE, Ended
 from benchmarks.gpu.roofline import Limits, Precision, decode_s, prefill_s
-from benchmarks.roofline import ModelCosts
+from benchmarks.markdown import table
 
 NOTHING = "–"
 SMOKE_NOTE = "**SMOKE RUN: tiny shapes, to see that the code runs. These figures mean nothing.**"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from benchmarks.roofline import ModelCosts
+from benchmarks.costs import ModelCosts
 
 # Bytes of a weight. int4: groups of 128 with one 16-bit scale each.
 WEIGHT_BYTES: Mapping[str, float] = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2 / 128}

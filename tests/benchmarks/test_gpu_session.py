@@ -14,9 +14,10 @@ from types import ModuleType
 import jax
 import pytest
 
+from benchmarks.costs import ModelCosts
 from benchmarks.gpu.models import CONFIGS, model_config, model_names, write_model
 from benchmarks.gpu.part import Context
-from benchmarks.gpu.parts import PARTS
+from benchmarks.gpu.parts import PARTS, load
 from benchmarks.gpu.parts.graphs import MODES
 from benchmarks.gpu.parts.matmul import _format
 from benchmarks.gpu.records import DIED, DONE, FAILED, HUNG, SKIPPED, Ended, ResultFile, is_complete
@@ -26,7 +27,6 @@ from benchmarks.gpu.session import Session
 from benchmarks.gpu.steps import VARIANTS
 from benchmarks.gpu.target_config import differences, fields
 from benchmarks.gpu.timing import IN_ORDER, L2_BYTES, MOST_ROTATIONS, noise, rotations
-from benchmarks.roofline import ModelCosts
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKES = "tests.benchmarks.fake_parts"
@@ -313,6 +313,23 @@ def test_case_names_are_unique_and_stable() -> None:
             assert names == [case.name for case in part.cases(smoke)]
         assert part.limit_s < 480
         assert all(case.timeout_s < part.limit_s for case in part.cases(False)), part.name
+
+
+def test_a_part_that_cannot_be_imported_says_so_and_spares_the_others() -> None:
+    part = load("benchmarks.gpu.parts.no_such_part", "step")
+    (case,) = part.cases(False)
+    with pytest.raises(ImportError, match="no_such_part"):
+        list(part.run(case, Context(Path(), smoke=True)))
+    assert all(part.about != "cannot be imported" for part in PARTS.values())
+
+
+def test_what_measures_kernels_does_not_need_the_engine() -> None:
+    light = [f"benchmarks.gpu.parts.{name}" for name in ("environment", "numerics", "attention", "matmul", "tune")]
+    script = f"import sys, {', '.join(light)}; print(*sys.modules)"
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('flax', 'gguf', 'orbax', 'tokenizers')));"
+    done = subprocess.run([sys.executable, "-c", f"{blocked} {script}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "benchmarks.gpu.parts.matmul" in done.stdout.split()
 
 
 def test_an_empty_session_has_a_report() -> None:

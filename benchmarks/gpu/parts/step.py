@@ -51,7 +51,11 @@ def _run(case: Case, context: Context) -> Iterator[Record]:
     wanted = case.arguments
     bench = bench_of(context, wanted["model"], wanted["variant"])
     decodes = wanted["kind"] == "decode"
-    measured = bench.decode(wanted["batch"], wanted["tokens"]) if decodes else bench.prefill(wanted["tokens"])
+    try:
+        measured = bench.decode(wanted["batch"], wanted["tokens"]) if decodes else bench.prefill(wanted["tokens"])
+    except RuntimeError:
+        _benches.clear()  # a step that failed took the state with it
+        raise
     yield {**wanted, **measured.as_record(), **bench.about()}
 
 
