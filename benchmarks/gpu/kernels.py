@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
@@ -89,9 +90,14 @@ def implementations(op: Op, *, smoke: bool) -> list[str]:
     return [i.name for i in op.implementations if i.name not in leave_out]
 
 
+@cache
+def _gpu_cases(name: str) -> dict[str, GpuCase]:
+    return {case.name: case for case in op_named(name).gpu_cases()}
+
+
 def gpu_case(op: Op, name: str) -> GpuCase:
     """One of an operation's GPU cases."""
-    return next(case for case in op.gpu_cases() if case.name == name)
+    return _gpu_cases(op.name)[name]
 
 
 def compare_gpu_case(op: Op, case: GpuCase, implementation: str) -> Comparison:
@@ -313,11 +319,40 @@ def _quantized_checks() -> dict[str, Compare]:
     }
 
 
+def _compare_grouped(module: Any, packed: Any, case: Any, dtype: str, implementation: str) -> Comparison:
+    rng = np.random.default_rng(0)
+    shape = (len(case.group_sizes), case.k, case.n)
+    dense = jnp.asarray(rng.standard_normal(shape) * case.k**-0.5, jnp.float32)
+    weight = dense.astype(dtype) if case.kind == "dense" else packed.from_dense(dense, case.kind, case.group_size)
+    x = jnp.asarray(rng.standard_normal((case.num_tokens, case.k)), dtype)
+    sizes = jnp.asarray(case.group_sizes, jnp.int32)
+    call = jax.jit(module.grouped_matmul, static_argnames=("implementation", "out_dtype"))
+    found, expected = (
+        np.asarray(call(x, weight, sizes, implementation=name, out_dtype="float32"), np.float32)
+        for name in (implementation, REFERENCE)
+    )
+    return Comparison(found, expected, QUANTIZED_TOLERANCE[dtype], max(1.0, float(np.abs(expected).max(initial=0.0))))
+
+
+def _grouped_checks() -> dict[str, Compare]:
+    package = "pallas_kernels.grouped_matmul"
+    if importlib.util.find_spec(package) is None:
+        return {}
+    module, cases = importlib.import_module(package), importlib.import_module(f"{package}.cases").CASES
+    packed = importlib.import_module("pallas_kernels.quantized_matmul.weight")
+    return {
+        f"{case.name}, {dtype}": lambda name, c=case, d=dtype: _compare_grouped(module, packed, c, d, name)
+        for case in cases
+        for dtype in ("bfloat16", "float32")
+    }
+
+
 _SMALL: Mapping[str, Callable[[], dict[str, Compare]]] = {
     "paged_attention": _attention_checks,
     "kv_write": _kv_checks,
     "matmul": _matmul_checks,
     "quantized_matmul": _quantized_checks,
+    "grouped_matmul": _grouped_checks,
 }
 
 

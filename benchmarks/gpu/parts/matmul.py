@@ -80,9 +80,7 @@ def _quantized(name: str | None, implementation: str, smoke: bool) -> Record:
         raise Skip("GPU cases are too large for a smoke run")
     kernels.require(op, implementation)
     case = kernels.gpu_case(op, name)
-    first = jax.device_put(case.sample(0))
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(first))
-    sets: list[Any] = [first, *(jax.device_put(case.sample(seed)) for seed in range(1, rotations(size)))]
+    sets: list[Any] = [jax.device_put(case.sample(seed)) for seed in range(rotations(case.num_bytes))]
     function = case.function(implementation, None)
     try:
         times = time_each(lambda operands: function(*operands), sets, smoke=smoke)

@@ -7,35 +7,30 @@ from collections.abc import Iterator
 from benchmarks.gpu import kernels
 from benchmarks.gpu.part import Case, Context, Part, Record, Skip
 from benchmarks.gpu.report import Table
-from pallas_kernels.op import UnsupportedImplementationError
+from pallas_kernels.op import Op, UnsupportedImplementationError
 from pallas_kernels.registry import OPS
 
 TIMEOUT_S = 45.0  # compiling takes a few seconds; a kernel that waits for itself never ends
 
 
 def _cases(smoke: bool) -> list[Case]:
-    cases = []
-    for op in OPS:
-        for implementation in kernels.implementations(op, smoke=smoke):
-            arguments = {"op": op.name, "implementation": implementation}
-            small = kernels.small_cases(op, smoke=smoke)
-            large = () if smoke else op.gpu_cases()
-            cases += [
-                Case(f"{op.name}, {implementation}: {name}", {**arguments, "input": name, "size": "small"}, TIMEOUT_S)
-                for name in small
-            ]
-            cases += [
-                Case(
-                    f"{op.name}, {implementation}: {case.name}",
-                    {**arguments, "input": case.name, "size": "gpu"},
-                    TIMEOUT_S,
-                )
-                for case in large
-                if implementation != "xla" and case.in_table  # XLA's result is what such a case is compared with
-            ]
-            if not small and not large:
-                cases.append(Case(f"{op.name}, {implementation}", {**arguments, "input": None, "size": "unknown"}))
-    return cases
+    pairs = [(op, name) for op in OPS for name in kernels.implementations(op, smoke=smoke)]
+    pairs.sort(key=lambda pair: pair[1] == "xla")  # kernels first: that is what a GPU is needed for
+    return [case for op, name in pairs for case in _cases_of(op, name, smoke)]
+
+
+def _cases_of(op: Op, implementation: str, smoke: bool) -> list[Case]:
+    # XLA's result is what a GPU case is compared with.
+    large = [case.name for case in op.gpu_cases() if case.in_table and not smoke and implementation != "xla"]
+    names = [*((name, "gpu") for name in large), *((name, "small") for name in kernels.small_cases(op, smoke=smoke))]
+    return [
+        Case(
+            f"{op.name}, {implementation}: {name or 'unknown'}",
+            {"op": op.name, "implementation": implementation, "input": name, "size": size},
+            TIMEOUT_S,
+        )
+        for name, size in names or [(None, "small")]
+    ]
 
 
 def _run(case: Case, context: Context) -> Iterator[Record]:
