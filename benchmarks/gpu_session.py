@@ -5,8 +5,8 @@
     python -m benchmarks.gpu_session --out DIR --resume       go on where an earlier session stopped
     python -m benchmarks.gpu_session --smoke                  tiny shapes on the CPU: does the code run?
 
-Needs no network and no weights. A part takes less than eight minutes; `--limit` ends the session earlier, between two
-cases. See `benchmarks/gpu/` and `benchmarks/README.md`.
+Needs no network and no weights. A part takes less than eight minutes; `--limit` ends the session earlier, and what was
+not done is left for `--resume`. See `benchmarks/gpu/` and `benchmarks/README.md`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="list the parts and the number of their cases")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>/<date>")
     parser.add_argument("--resume", action="store_true", help="keep what is in DIR, run what has not ended")
-    parser.add_argument("--limit", type=float, default=float("inf"), metavar="S", help="start no case after S seconds")
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), metavar="S", help="end after S seconds, the rest is for --resume"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU; the figures mean nothing")
     return parser
 

@@ -36,12 +36,12 @@ EVENTS = {"/jax/compilation_cache/cache_hits": "cache_hits", "/jax/compilation_c
 def main() -> None:
     """Start an engine, generate one token, print what took how long."""
     started_at, settings = float(sys.argv[1]), json.loads(sys.argv[2])
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = dict.fromkeys(STAGES.values(), 0.0)
     counts: Counter[str] = Counter()
 
-    def on_duration(event: str, duration: float, **_: Any) -> None:
+    def on_duration(event: str, duration_secs: float, **_: Any) -> None:
         if event in STAGES:
-            seconds[STAGES[event]] += duration  # type: ignore[assignment]
+            seconds[STAGES[event]] += duration_secs
 
     def on_event(event: str, **_: Any) -> None:
         if event in EVENTS:
@@ -65,7 +65,7 @@ def main() -> None:
         "build_s": built_at - device_at,
         "first_token_s": first_token_at - built_at,
         "num_executables": about["num_executables"],
-        "over_all_threads": dict(seconds),
+        "over_all_threads": seconds,
         **counts,
     }
     print(json.dumps(result), flush=True)

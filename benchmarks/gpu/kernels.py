@@ -130,7 +130,7 @@ ATTENTION_DTYPES = (
 )
 # As large as a server's steps, in heads and contexts; small enough for the reference, which has all scores at once.
 LARGE_ATTENTION_CASES: tuple[AttentionCase, ...] = tuple(
-    AttentionCase(name, queries, contexts, num_heads=heads, num_kv_heads=kv_heads, head_dim=128, **more)
+    AttentionCase(name, queries, contexts, num_heads=heads, num_kv_heads=kv_heads, head_dim=128, **more)  # type: ignore[arg-type]
     for name, queries, contexts, heads, kv_heads, more in (
         ("large decode", (1,) * 6, (4096, 1, 517, 2048, 4095, 3333), 32, 8, {"num_tokens": 8, "num_seqs": 8}),
         ("large decode, page 32", (1,) * 6, (4096, 1, 517, 2048, 4095, 3333), 32, 8, {"page_size": 32}),

@@ -13,7 +13,9 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from benchmarks.gpu.records import DONE, FAILED, SKIPPED
 
 LONGEST_REASON = 600
 LOST_DEVICE_EXIT = 4
+PARENT_CHECK_S = 1.0
 
 
 def run_case(part: Part, case: Case, context: Context, emit: Callable[[Record], None]) -> str:
@@ -56,6 +59,17 @@ def device_is_lost() -> bool:
     return False
 
 
+def end_with_parent(parent: int) -> None:
+    """End this process, and all that it started, soon after its parent: a session that was killed must not leave a
+    process behind that holds the device. Works from a thread, so also while a kernel hangs.
+    """
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
 def main() -> int:
     """Run the cases that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.worker")
@@ -65,6 +79,7 @@ def main() -> int:
     parser.add_argument("cases", type=json.loads)
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as lines:
         os.dup2(2, 1)
 

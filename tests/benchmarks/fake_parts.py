@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from benchmarks.gpu.part import Case, Context, Part, Record, Skip
+from benchmarks.gpu.part import Case, Context, Part, Record, Records, Skip
 
 
 def _run(case: Case, context: Context) -> Iterator[Record]:
@@ -31,7 +31,7 @@ def _run(case: Case, context: Context) -> Iterator[Record]:
     yield {"second": True}
 
 
-def _report(records: dict[str, list[Record]]) -> str:
+def _report(records: Records) -> str:
     return f"{len(records['fake'])} results"
 
 
@@ -45,5 +45,6 @@ def _part(name: str, cases: list[Case], **more: float) -> Part:
 _ALONE = Case("alone", own_process=True, environment={"FAKE_FLAG": "set", "XLA_FLAGS": "--second"})
 PARTS = {
     "fake": _part("fake", [*(Case(name, timeout_s=1.5 if name == "hangs" else 30.0) for name in _ENDS), _ALONE]),
+    "long": _part("long", [Case("hangs", timeout_s=300.0)]),
     "short": _part("short", [Case("quick"), Case("slow"), Case("later")], limit_s=2.0),
 }

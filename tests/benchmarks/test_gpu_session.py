@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -115,6 +116,29 @@ def test_a_case_has_its_environment_for_itself(ended: tuple[Session, list[str]])
 def test_progress_is_said(ended: tuple[Session, list[str]]) -> None:
     _, said = ended
     assert any("hangs: hung" in line for line in said) and any("first: done" in line for line in said)
+
+
+def test_a_killed_session_leaves_no_process(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from benchmarks.gpu.part import Context; "
+        "from benchmarks.gpu.session import Session; from tests.benchmarks.fake_parts import PARTS; "
+        f"Session(Context(Path({str(tmp_path)!r}), True), {FAKES!r}).run(PARTS['long'], 300.0)"
+    )
+    session, child = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT), tmp_path / "child"
+    try:
+        assert _soon(lambda: child.exists() and child.read_text() != "")
+    finally:
+        session.kill()
+        session.wait()
+    (result,) = ResultFile(tmp_path / "long.jsonl").results()
+    assert _soon(lambda: not _is_alive(result["pid"]) and not _is_alive(int(child.read_text())))
+
+
+def _soon(condition: Callable[[], bool], patience_s: float = 30.0) -> bool:
+    until = time.monotonic() + patience_s
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.1)
+    return condition()
 
 
 def test_time_is_over_and_the_rest_is_resumed(tmp_path: Path) -> None:
@@ -349,6 +373,15 @@ def test_what_measures_kernels_does_not_need_the_engine() -> None:
     done = subprocess.run([sys.executable, "-c", f"{blocked} {script}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "benchmarks.gpu.parts.matmul" in done.stdout.split()
+
+
+def test_the_session_itself_touches_no_device() -> None:
+    script = (
+        "import jax, benchmarks.gpu_session as s; from jax._src import xla_bridge; "
+        "counts = [len(part.cases(False)) for part in s.PARTS.values()]; print(xla_bridge.backends_are_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_an_empty_session_has_a_report() -> None:

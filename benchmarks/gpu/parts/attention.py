@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.gpu import torch_ops
 from benchmarks.gpu.kernels import implementations, op_named, ragged, refuse, require
-from benchmarks.gpu.part import Case, Context, Part, Record, Skip
+from benchmarks.gpu.part import Case, Context, Part, Record, Records, Skip
 from benchmarks.gpu.report import NOTHING, Table, limits_of, percent
 from benchmarks.gpu.roofline import floor_s
 from benchmarks.gpu.timing import noise, rotations, time_chain
@@ -92,7 +92,7 @@ def _time(wanted: Any, is_decode: bool, smoke: bool) -> tuple[Any, int]:
     return time_chain(attend, q, sets, smoke=smoke), batch * length * bytes_per_token
 
 
-def _report(records: dict[str, list[Record]]) -> str:
+def _report(records: Records) -> str:
     limits = limits_of(records)
     decode = Table("batch x context", "KV", "by", "µs (min)", "GB/s", "% of copy")
     prefill = Table("tokens", "KV", "by", "ms (min)", "TFLOP/s", "% of bf16 peak")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.gpu.models import model_config, model_names, write_model
-from benchmarks.gpu.part import Case, Context, Part, Record
+from benchmarks.gpu.part import Case, Context, Part, Record, Records
 from benchmarks.gpu.report import NOTHING, Table
 from benchmarks.gpu.steps import engine_settings
 from benchmarks.profiling.traffic import HOST_PARTS, Situation, empty, fill_decoding
@@ -157,7 +157,7 @@ def _steady(built: BuiltEngine, batch: int, tokens: int, smoke: bool) -> Record:
     return {"step_us": statistics.median(times) * 1e6, "step_us_min": min(times) * 1e6, **_host_per_step(before, after)}
 
 
-def _report(records: dict[str, list[Record]]) -> str:
+def _report(records: Records) -> str:
     load = Table("model", "figure", "median", "per repetition")
     gaps = Table("model", "TTFT p50 / p99 ms", "ITL p50 / p90 / p99 / max ms")
     by_kind = {kind: [r for r in records["engine"] if r["kind"] == kind] for kind in ("generate", "gaps", "steady")}
@@ -180,7 +180,7 @@ def _report(records: dict[str, list[Record]]) -> str:
     return "\n\n".join((load.markdown(), gaps.markdown(), _steady_table(records, by_kind["steady"])))
 
 
-def _steady_table(records: dict[str, list[Record]], steady: list[Record]) -> str:
+def _steady_table(records: Records, steady: list[Record]) -> str:
     """Exposed host time: what a step of the engine takes beyond the same step back to back."""
     device = {
         (r["model"], r["batch"], r["tokens"]): r["us"]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks.gpu import torch_ops
-from benchmarks.gpu.part import Case, Context, Part, Record, Skip
+from benchmarks.gpu.part import Case, Context, Part, Record, Records, Skip
 from benchmarks.gpu.report import Table
 from benchmarks.gpu.target_config import differences
 from benchmarks.gpu.timing import measure, noise
@@ -145,7 +145,7 @@ def _matmul(by: str | None, dtype: str, smoke: bool) -> Record:
     return {"by": by, "dtype": dtype, "flops_per_s": 2 * n**3 / times.min_s, **times.as_record()}
 
 
-def _report(records: dict[str, list[Record]]) -> str:
+def _report(records: Records) -> str:
     texts, ceilings = [], Table("ceiling", "by", "best", "median")
     for r in records["environment"]:
         if "machine" in r:

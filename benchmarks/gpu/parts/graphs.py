@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks.gpu.models import model_names
-from benchmarks.gpu.part import Case, Context, Part, Record
+from benchmarks.gpu.part import Case, Context, Part, Record, Records
 from benchmarks.gpu.parts.step import bench_of
 from benchmarks.gpu.report import Table, limits_of, percent, step_floor_s
 
@@ -47,7 +47,7 @@ def _run(case: Case, context: Context) -> Iterator[Record]:
         yield {**case.arguments, **step, **bench.decode(batch, tokens).as_record()}
 
 
-def _report(records: dict[str, list[Record]]) -> str:
+def _report(records: Records) -> str:
     limits = limits_of(records)
     table = Table("model", "mode", "batch x context", "ms (min)", "% of floor", "hand-over ms", "first call s")
     for r in records["graphs"]:

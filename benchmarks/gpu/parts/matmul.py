@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from benchmarks.gpu import kernels, torch_ops
-from benchmarks.gpu.part import Case, Context, Part, Record, Skip
+from benchmarks.gpu.part import Case, Context, Part, Record, Records, Skip
 from benchmarks.gpu.report import Table, limits_of, percent
 from benchmarks.gpu.roofline import floor_s
 from benchmarks.gpu.timing import Times, noise, rotations, time_each
@@ -96,7 +96,7 @@ def _format(name: str) -> str:
     return "fp8" if "fp8" in name else "int8"
 
 
-def _report(records: dict[str, list[Record]]) -> str:
+def _report(records: Records) -> str:
     limits = limits_of(records)
     table = Table("product", "by", "µs (min)", "GB/s", "TFLOP/s", "% of roofline")
     for r in records["matmul"]:

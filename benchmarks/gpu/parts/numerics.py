@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks.gpu import kernels
-from benchmarks.gpu.part import Case, Context, Part, Record, Skip
+from benchmarks.gpu.part import Case, Context, Part, Record, Records, Skip
 from benchmarks.gpu.report import Table
 from pallas_kernels.op import Op, UnsupportedImplementationError
 from pallas_kernels.registry import OPS
@@ -52,7 +52,7 @@ def _run(case: Case, context: Context) -> Iterator[Record]:
         raise ArithmeticError(f"off by {record['error']:.3g} times what is allowed")
 
 
-def _report(records: dict[str, list[Record]]) -> str:
+def _report(records: Records) -> str:
     groups: dict[tuple[str, str], list[Record]] = {}
     for r in records["numerics"]:
         groups.setdefault((r["op"], r["implementation"]), []).append(r)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.gpu.models import model_names, write_model
-from benchmarks.gpu.part import Case, Context, Part, Record
+from benchmarks.gpu.part import Case, Context, Part, Record, Records
 from benchmarks.gpu.report import Table
 from benchmarks.gpu.steps import engine_settings
 
@@ -42,7 +42,7 @@ def _start(settings: dict) -> Record:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _report(records: dict[str, list[Record]]) -> str:
+def _report(records: Records) -> str:
     header = [f"{stage.replace('_', ' ')} s" for stage in STAGES]
     table = Table("model", "caches", "total s", *header, "executables", "trace / lower / backend s, all threads")
     for r in records["start"]:

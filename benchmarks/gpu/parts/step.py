@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 
 from benchmarks.gpu.models import model_names
-from benchmarks.gpu.part import Case, Context, Part, Record
+from benchmarks.gpu.part import Case, Context, Part, Record, Records
 from benchmarks.gpu.report import Table, limits_of, percent, step_floor_s
 from benchmarks.gpu.steps import VARIANTS, StepBench, variant_config
 
@@ -59,7 +59,7 @@ def _run(case: Case, context: Context) -> Iterator[Record]:
     yield {**wanted, **measured.as_record(), **bench.about()}
 
 
-def _report(records: dict[str, list[Record]]) -> str:
+def _report(records: Records) -> str:
     limits = limits_of(records)
     table = Table("model", "weights / KV", "step", "ms (min)", "floor ms", "% of floor", "tokens/s", "hand-over ms")
     for r in records["step"]:

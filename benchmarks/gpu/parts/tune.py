@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from benchmarks.gpu.part import Case, Context, Part, Record, Skip
+from benchmarks.gpu.part import Case, Context, Part, Record, Records, Skip
 from benchmarks.gpu.report import Table
 from pallas_kernels import device
 from pallas_kernels.registry import OPS
@@ -48,7 +48,7 @@ def _run(case: Case, context: Context) -> Iterator[Record]:
     yield {**case.arguments, "table": str(table.relative_to(context.out)), "entries": entries}
 
 
-def _report(records: dict[str, list[Record]]) -> str:
+def _report(records: Records) -> str:
     table = Table("op", "key", "configuration", "µs", "xla µs")
     entries = {(r["op"], key): entry for r in records["tune"] for key, entry in r["entries"].items()}
     for (op, key), entry in entries.items():
