@@ -124,6 +124,17 @@ def _about(kind: str, smoke: bool) -> dict[str, Any]:
     }
 
 
+def write_about(file: Path, about: dict[str, Any], *, resume: bool) -> None:
+    """Write what a session is. A resumed one stays what it was; another commit or device is added to the first."""
+    if resume and file.is_file():
+        first = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("commit", "device", "jax"):
+            if about[name] not in first[name].split(", then "):
+                first[name] += f", then {about[name]}"
+        about = first
+    file.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     """Run, and print the report. 0: everything was measured; 1: something failed, hung, died or is left."""
     args = _parser().parse_args()
@@ -142,9 +153,7 @@ def main() -> int:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     out = (args.out or RESULTS / slug / today).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    if not (args.resume and (out / "session.json").is_file()):
-        text = json.dumps(_about(kind, args.smoke), indent=1) + "\n"
-        (out / "session.json").write_text(text, encoding="utf-8")
+    write_about(out / "session.json", _about(kind, args.smoke), resume=args.resume)
     context = Context(out, args.smoke)
     sound = run_parts(Session(context, REGISTRY), chosen, args.limit, resume=args.resume)
     print(write_report(context))

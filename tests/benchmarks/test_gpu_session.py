@@ -30,6 +30,7 @@ from benchmarks.gpu.roofline import Limits, Precision, decode_s, floor_s, prefil
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.target_config import differences, fields
 from benchmarks.gpu.timing import IN_ORDER, L2_BYTES, MOST_ROTATIONS, noise, rotations
+from benchmarks.gpu_session import write_about
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKES = "tests.benchmarks.fake_parts"
@@ -373,6 +374,15 @@ def test_what_measures_kernels_does_not_need_the_engine() -> None:
     done = subprocess.run([sys.executable, "-c", f"{blocked} {script}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "benchmarks.gpu.parts.matmul" in done.stdout.split()
+
+
+def test_a_resumed_session_names_every_commit(tmp_path: Path) -> None:
+    about = {"date": "1", "device": "H200", "jax": "0.11.2", "commit": "a", "smoke": False}
+    for commit, date in (("a", "1"), ("b", "2"), ("b", "3")):
+        write_about(tmp_path / "session.json", about | {"commit": commit, "date": date}, resume=True)
+    assert json.loads((tmp_path / "session.json").read_text()) == about | {"commit": "a, then b"}
+    write_about(tmp_path / "session.json", about | {"commit": "c"}, resume=False)
+    assert json.loads((tmp_path / "session.json").read_text())["commit"] == "c"
 
 
 def test_the_session_itself_touches_no_device() -> None:
