@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from engine.config import EngineConfig, Environment, ModelLoadConfig
+from engine.config import EngineConfig, Environment, ModelLoadConfig, reserve_gpu_memory
 from engine.core import CoreOptions, EngineCore
 from engine.input_processor import InputProcessor, ModelLimits
 from engine.output_processor import OutputProcessor
@@ -94,6 +94,7 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
 
 def _build(config: EngineConfig) -> BuiltEngine:
     environment, started = Environment.read(), time.monotonic()
+    reserve_gpu_memory(config.cache.gpu_memory_utilization)  # before anything looks at the devices
     show = config.compile.show_progress
     with progress_bar("fetching", show=show) as report:
         options = fetch_options(config.load, environment, report)
@@ -197,7 +198,7 @@ def _size(
     def ledger_for(temporaries: int, program: ModelProgram) -> MemoryLedger:
         return plan_blocks(
             config.cache,
-            limit=memory_limit(config.cache),
+            limit=memory_limit(config.cache, reserve_gpu_memory(config.cache.gpu_memory_utilization)),
             weights=weights,
             temporaries=temporaries,
             state=program.state_bytes,

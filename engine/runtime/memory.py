@@ -58,13 +58,22 @@ class MemoryLedger:
         return f"{text} = {self.total / MIB:,.0f} of {self.limit / MIB:,.0f} MiB"
 
 
-def memory_limit(config: CacheConfig) -> int:
-    """Bytes that the engine may use on the first device (GPU) or in the host's memory (CPU)."""
+def memory_limit(config: CacheConfig, reserved: float) -> int:
+    """Bytes that the engine may use on the first device (GPU) or in the host's memory (CPU).
+
+    Args:
+        reserved: fraction of a GPU's memory that JAX has taken, see `reserve_gpu_memory`.
+    """
     device = jax.devices()[0]
     if device.platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     stats = device.memory_stats() or {}
-    return int(stats.get("bytes_limit", 0) * config.gpu_memory_utilization)
+    return gpu_memory_limit(stats.get("bytes_limit", 0), config.gpu_memory_utilization, reserved)
+
+
+def gpu_memory_limit(allocator_bytes: int, utilization: float, reserved: float) -> int:
+    """Bytes of `utilization` times the whole memory, of which the allocator has `reserved`, and no more than that."""
+    return int(allocator_bytes * min(1.0, utilization / reserved))
 
 
 def plan_blocks(
