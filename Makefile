@@ -25,7 +25,7 @@ DEMO_PROMPT ?= In three sentences: what does a computer do while it waits for me
 DEMO_FLAGS ?= --max-model-len 1024 --max-num-seqs 4 --max-num-batched-tokens 256
 BENCH_FLAGS ?=
 
-.PHONY: help setup demo test test-all test-kernels lint format bench bench-compare clean
+.PHONY: help setup demo test test-all test-kernels aot-table lint format bench bench-compare clean
 
 help: ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,10 @@ test-all: $(STAMP) ## run all tests
 test-kernels: $(STAMP) $(STAMP_AOT) ## run all tests of the kernels, compiling for a GPU that need not be there
 	@$(BIN)/python -m pytest -m "slow or not slow" tests/kernels
 	@$(BIN_AOT)/python -m pallas_kernels.aot run $(BIN_AOT)/python -m pytest -m "slow or not slow" tests/aot
+
+aot-table: $(STAMP_AOT) ## compile the kernels and whole steps for an H200 and write docs/measurements/h200-aot.md
+	@$(BIN_AOT)/python -m pallas_kernels.aot table > docs/measurements/h200-aot.md; \
+	{ echo; echo "## Whole steps"; echo; $(BIN_AOT)/python -m benchmarks.aot_steps; } >> docs/measurements/h200-aot.md
 
 lint: $(STAMP) ## check style, format and types
 	@$(BIN)/ruff check .

@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from math import prod
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from engine.runtime.buckets import Bucket
-from engine.runtime.executables import ModelProgram
+from benchmarks.aot_steps import CONFIGS, SHAPES, Step, compile_step, page_bytes
 from pallas_kernels import paged_attention
-from pallas_kernels.aot import Compiled, compile_for, compile_lowered
+from pallas_kernels.aot import compile_for
 from pallas_kernels.aot.report import parse_entry
 from pallas_kernels.device import H200
-from tests.aot.steps import CONFIGS, lower_step, model_config, page_bytes, program_of, state_bytes
 
 KERNEL = "mosaic_gpu"
 FEW_LAYERS = 3  # the layers of a model are alike
-SHAPES = {"decode": (64, 64), "prefill": (2048, 1)}  # tokens and sequences of a step
 IN_PLACE = ("parameter", "tuple", "get-tuple-element", "bitcast")
 
 needs_kernel = pytest.mark.skipif(
     all(implementation.name != KERNEL for implementation in paged_attention.OP.implementations),
     reason="attention by XLA has loops that depend on data, which no CUDA graph holds",
 )
-
-
-@dataclass(frozen=True)
-class Step:
-    """A compiled step and what it was compiled from."""
-
-    program: ModelProgram
-    bucket: Bucket
-    compiled: Compiled
-
-
-def compile_step(name: str, kind: str, num_layers: int | None) -> Step:
-    program = program_of(model_config(name, num_layers), KERNEL)
-    bucket = program.buckets.choose(*SHAPES[kind])
-    return Step(program, bucket, compile_lowered(H200, lambda: lower_step(program, bucket), with_thunks=True))
 
 
 def copied(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
@@ -66,7 +47,7 @@ def check(step: Step) -> None:
     compiled, program = step.compiled, step.program
     assert compiled.violations(["HGMMA", "UTMALDG"]) == []
     assert compiled.thunks == ("kCommandBuffer",), "not one CUDA graph"
-    assert compiled.memory.aliased == state_bytes(program), "the state is not advanced in place"
+    assert step.is_in_place, "the state is not advanced in place"
     assert copied(compiled.executable.as_text(), weight_shapes(step)) == []
     assert compiled.memory.temporaries < page_bytes(program), "room for a copy of a layer's pages"
     calls = compiled.executable.as_text().count('custom_call_target="mosaic_gpu')
@@ -78,7 +59,7 @@ def check(step: Step) -> None:
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_step(name: str, kind: str) -> None:
-    check(compile_step(name, kind, FEW_LAYERS))
+    check(compile_step(name, kind, KERNEL, FEW_LAYERS))
 
 
 def test_a_copy_of_a_weight_is_seen() -> None:
@@ -94,7 +75,7 @@ def test_a_copy_of_a_weight_is_seen() -> None:
 @needs_kernel
 @pytest.mark.slow
 def test_step_of_full_depth() -> None:
-    step = compile_step("Llama-3.1-8B", "decode", None)
+    step = compile_step("Llama-3.1-8B", "decode", KERNEL)
     check(step)
     weights = sum(prod(shape.shape) for shape in step.program.model.shapes.values())
     assert 8.0e9 < weights < 8.1e9, "this is not the 8B model"

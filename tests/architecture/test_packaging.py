@@ -92,5 +92,16 @@ def test_make_lists_its_targets_without_an_environment() -> None:
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     result = subprocess.run(["make"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    for target in ("setup", "demo", "test", "test-all", "test-kernels", "lint", "format", "bench", "clean"):
+    for target in (
+        "setup",
+        "demo",
+        "test",
+        "test-all",
+        "test-kernels",
+        "aot-table",
+        "lint",
+        "format",
+        "bench",
+        "clean",
+    ):
         assert f"  make {target} " in result.stdout
