@@ -39,12 +39,15 @@ class Implementation:
         functions: what the op is made of, by name (`run`, and `plan` where a step-wide preparation pays).
         supports: gets the problem, returns None or the reason why it can't.
         device_reason: gets the device, returns None or the reason why it can't run there.
+        yields: gets the problem and the device, returns None or the reason why "auto" passes it over although it could
+            run: a later one is faster there.
     """
 
     name: str
     functions: Mapping[str, Callable[..., Any]]
     supports: Callable[[Any], str | None]
     device_reason: Callable[[Device], str | None] = lambda device: None
+    yields: Callable[[Any, Device], str | None] = lambda problem, device: None
 
     def refuses(self, problem: Any, device: Device) -> str | None:
         """None, or the reason why it cannot run the problem on the device."""
@@ -52,16 +55,19 @@ class Implementation:
 
 
 def mosaic_gpu(
-    make: Callable[[bool], Mapping[str, Callable[..., Any]]], supports: Callable[[Any], str | None]
+    make: Callable[[bool], Mapping[str, Callable[..., Any]]],
+    supports: Callable[[Any], str | None],
+    yields: Callable[[Any, Device], str | None] = lambda problem, device: None,
 ) -> tuple[Implementation, Implementation]:
     """A Hopper kernel and its simulated twin.
 
     Args:
         make: gets whether to simulate, returns the functions.
         supports: of both.
+        yields: of the kernel; the twin runs only when asked for by name.
     """
     return (
-        Implementation("mosaic_gpu", make(False), supports, hopper_reason),
+        Implementation("mosaic_gpu", make(False), supports, hopper_reason, yields),
         Implementation("mosaic_gpu_simulated", make(True), supports),
     )
 
@@ -131,11 +137,12 @@ class Op:
         for implementation in self.implementations:
             if implementation.name not in self.automatic:
                 continue
-            reason = implementation.refuses(problem, device)
+            refused = implementation.refuses(problem, device)
+            reason = refused or implementation.yields(problem, device)
             if reason is None:
                 self._log(implementation.name, reasons)
                 return implementation
-            reasons.append(f"{implementation.name} refused: {reason}")
+            reasons.append(f"{implementation.name} {'refused' if refused else 'yields'}: {reason}")
         raise UnsupportedImplementationError(f"{self.name}: no implementation runs {problem}: {'; '.join(reasons)}")
 
     def _strict(self, requested: str, problem: Any) -> Implementation:
