@@ -1,0 +1,138 @@
+"""Tile sizes of the Hopper kernel: which are possible, which are guessed, and the key under which they are tuned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import jax.numpy as jnp
+
+from pallas_kernels.device import Device
+from pallas_kernels.mosaic import SMEM_LIMIT, bits_of
+from pallas_kernels.quantized_matmul.problem import QuantizedMatmulProblem
+from pallas_kernels.quantized_matmul.weight import KINDS
+from pallas_kernels.tuning import tuned_entries
+
+OP_NAME = "quantized_matmul"
+WARPGROUPS = 2  # that compute; a third one copies
+MMA_ROWS = 64  # of one warpgroup's tensor core instruction: outputs here, as weights are its left operand
+_RESERVE = 4096  # bytes of shared memory for barriers and alignment
+_ACCUMULATORS = 128  # registers of a thread for sums (of 232 that a thread has): more spill
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tiles of one block, which computes `outputs` x `rows` of the result, transposed: weights are the left operand.
+
+    Attributes:
+        rows: activations' rows, the N of a tensor core instruction: 8, 16, 32, 64 or 128.
+        outputs: of a block, shared among two warpgroups: 128 or 256.
+        inputs: of one step along K.
+        stages: steps in flight.
+        splits: parts of K that different blocks sum, added up afterwards.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    stages: int
+    splits: int = 1
+
+    def refuses(self, problem: QuantizedMatmulProblem) -> str | None:
+        """None, or the reason why these tiles cannot run the problem."""
+        if problem.n % self.outputs:
+            return f"{problem.n} outputs are not a multiple of {self.outputs}"
+        if problem.k % (self.inputs * self.splits):
+            return f"{problem.k} inputs are not a multiple of {self.inputs} x {self.splits} splits"
+        group = problem.group_size
+        if group > 0 and (max(group, self.inputs) % min(group, self.inputs) or problem.k // self.splits % group):
+            return f"groups of {group} do not align with steps of {self.inputs} in {self.splits} splits"
+        if KINDS[problem.kind].activations is not None and 0 < group < self.inputs:
+            return f"groups of {group} are shorter than a step of {self.inputs}"
+        in_groups = group > 0 or problem.zero_points
+        sums = self.rows * self.outputs // WARPGROUPS // 128 * (2 if in_groups else 1)
+        if sums > _ACCUMULATORS:
+            return f"{sums} registers a thread for sums, more than {_ACCUMULATORS}"
+        if self.size_bytes(problem) > SMEM_LIMIT:
+            return f"{self.size_bytes(problem)} bytes of shared memory, more than {SMEM_LIMIT}"
+        return None
+
+    def size_bytes(self, problem: QuantizedMatmulProblem) -> int:
+        """Shared memory of a block."""
+        result = 4 if self.splits > 1 else jnp.dtype(problem.out_dtype).itemsize
+        return self.stages * self.stage_bytes(problem) + self.rows * self.outputs * result + _RESERVE
+
+    def stage_bytes(self, problem: QuantizedMatmulProblem) -> int:
+        """Shared memory of one step."""
+        kind = KINDS[problem.kind]
+        wide = bits_of(kind.activations or problem.dtype)
+        groups = max(1, self.inputs // problem.group_size) if problem.group_size > 0 else 1
+        tiles = (self.outputs * kind.bits + self.rows * wide) * self.inputs // 8
+        if problem.group_size < 0 and not problem.zero_points:
+            return tiles
+        vectors = groups * self.outputs * (jnp.dtype(problem.scale_dtype).itemsize + 1) + self.rows * 4
+        return tiles + -(-vectors // 1024) * 1024
+
+
+def key(problem: QuantizedMatmulProblem) -> str:
+    """Of a table of tuned configurations; row counts up to the next power of two share one."""
+    rows = 1 << (problem.m - 1).bit_length()
+    zero_points = " zp" if problem.zero_points else ""
+    return f"m{rows} k{problem.k} n{problem.n} {problem.kind} g{problem.group_size}{zero_points} {problem.dtype}"
+
+
+def heuristic(problem: QuantizedMatmulProblem, device: Device) -> TileConfig:
+    """A guess. Few rows: reading weights is all the time there is, so all cores read, with as many bytes in flight as
+    there is room for. Many rows: the largest tile whose sums fit in registers.
+    """
+    in_groups = problem.group_size > 0 or problem.zero_points
+    both_narrow = KINDS[problem.kind].activations is not None
+    rows = min(max(8, 1 << (problem.m - 1).bit_length()), 128)
+    outputs = 256 if both_narrow and not in_groups and rows == 128 and problem.n % 256 == 0 else 128
+    inputs = 128 if problem.k % 128 == 0 else 64
+    if both_narrow and problem.group_size > 0:
+        inputs = min(inputs, problem.group_size)
+    blocks = problem.n // outputs * -(-problem.m // rows)
+    splits = _splits(problem, blocks, inputs, device.num_cores) if rows <= 64 else 1
+    draft = TileConfig(rows, outputs, inputs, 1, splits)
+    room = 1 + (SMEM_LIMIT - draft.size_bytes(problem)) // draft.stage_bytes(problem)
+    steps = problem.k // inputs // splits
+    return TileConfig(rows, outputs, inputs, max(2, min(8, room, steps)), splits)
+
+
+def _splits(problem: QuantizedMatmulProblem, blocks: int, inputs: int, num_cores: int) -> int:
+    """The fewest parts of K with which cores are nearly as busy as they can be."""
+    align = math.lcm(inputs, max(problem.group_size, 1))
+    fit = [s for s in (1, 2, 4, 8) if problem.k % (align * s) == 0 and problem.k // inputs // s >= 4] or [1]
+    busy = {s: blocks * s / (-(-blocks * s // num_cores) * num_cores) for s in fit}
+    return next(s for s in fit if busy[s] >= 0.95 * max(busy.values()))
+
+
+def search_space(problem: QuantizedMatmulProblem) -> Iterator[TileConfig]:
+    """What the tuner tries."""
+    most = max(8, 1 << (problem.m - 1).bit_length())
+    space = product((8, 16, 32, 64, 128), (128, 256), (64, 128, 256), (2, 3, 4, 6, 8), (1, 2, 4, 8))
+    for rows, outputs, inputs, stages, splits in space:
+        config = TileConfig(rows, outputs, inputs, stages, splits)
+        if rows > most or (rows < 64 and rows < most) or (splits > 1 and most > 128):
+            continue
+        if stages <= problem.k // inputs // splits and config.refuses(problem) is None:
+            yield config
+
+
+def prefers_xla(problem: QuantizedMatmulProblem, device: Device) -> str | None:
+    """None, or the reason why XLA should run a problem that the kernel could.
+
+    Measured times decide where the tuner left some (`us` of the kernel, `xla_us`). Otherwise: XLA fuses the conversion
+    of weights with one scale per output into its matrix product, but materializes 16-bit weights where groups have
+    scales.
+    """
+    entry = tuned_entries(OP_NAME, device.slug).get(key(problem))
+    if entry is not None and "xla_us" in entry:
+        slower = entry["us"] > entry["xla_us"]
+        return f"measured {entry['us']} us, XLA {entry['xla_us']} us" if slower else None
+    if problem.group_size < 0:
+        return "XLA fuses scales per output into its own product, and nothing else was measured here"
+    return None

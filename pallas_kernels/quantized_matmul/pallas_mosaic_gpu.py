@@ -1,0 +1,348 @@
+"""The product with packed weights on Hopper's tensor cores.
+
+    out[rows, outputs]^T = weights[outputs, inputs] x activations[rows, inputs]^T
+
+Weights are the left operand whatever their kind: its 64 rows per instruction are outputs, of which there are always
+enough, and the right operand's columns are activation rows, which come in eights, so that a decode step of few rows
+wastes little. Both operands lie K-minor.
+
+A block is two warpgroups that compute and one that copies; it walks over tiles of the result (persistent). Per step
+along K the copying warpgroup brings a tile of packed weights, one of activations and, with groups, the step's scales.
+
+- Weights alone narrow: read packed into registers, converted there, multiplied from registers. Zero points are
+  subtracted there, exactly. Scales of groups multiply the group's float32 product, not the weights: nothing is rounded
+  on the way.
+- Both narrow (IGMMA, QGMMA): multiplied as they are, from shared memory. Scales per token and output multiply once at
+  the end. With groups, each group's product is scaled and added in float32, which also bounds what the tensor cores'
+  accumulator for 8-bit floats loses (it keeps about 14 bits: DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+
+Results are transposed on their way through shared memory. Parts of K (`splits`) leave as float32 and are added, in
+their order, by XLA.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.device import current_device
+from pallas_kernels.mosaic import ACC, Hopper, compiler_params, i32, mma_transforms
+from pallas_kernels.quantized_matmul.activations import quantize_activations
+from pallas_kernels.quantized_matmul.config import MMA_ROWS, OP_NAME, WARPGROUPS, TileConfig, heuristic, key
+from pallas_kernels.quantized_matmul.problem import QuantizedMatmulProblem, problem_of
+from pallas_kernels.quantized_matmul.weight import KINDS, QuantizedWeight
+from pallas_kernels.tuning import choose_config
+
+_ROWS = plgpu.Layout.WGMMA.reduce(1)  # a number per output
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # a number per activation row
+
+
+def supports(problem: QuantizedMatmulProblem) -> str | None:
+    """None, or the reason why the kernel cannot run the problem."""
+    if problem.dtype not in ("bfloat16", "float16"):
+        return f"activations are {problem.dtype}, tensor cores take bfloat16 or float16"
+    if problem.out_dtype not in ("bfloat16", "float16", "float32"):
+        return f"results in {problem.out_dtype}"
+    if problem.n % (WARPGROUPS * MMA_ROWS):
+        return f"{problem.n} outputs are not a multiple of {WARPGROUPS * MMA_ROWS}"
+    if problem.k % 64:
+        return f"{problem.k} inputs are not a multiple of 64"
+    if KINDS[problem.kind].activations is not None and problem.group_size == 32:
+        return "quantized activations in groups of 32: a step along K is 64 or more"
+    return None
+
+
+def make(simulate: bool) -> dict[str, Any]:
+    """The functions of the implementation, see `op.mosaic_gpu`."""
+    return {"run": functools.partial(run, simulate=simulate)}
+
+
+def run(
+    x: jax.Array,
+    weight: QuantizedWeight,
+    out_dtype: Any,
+    *,
+    simulate: bool = False,
+    config: TileConfig | None = None,
+    num_cores: int | None = None,
+) -> jax.Array:
+    """See `api.quantized_matmul`.
+
+    Args:
+        x, weight, out_dtype: as there.
+        simulate: whether to run in JAX's simulator of a GPU.
+        config: tiles; default tuned or guessed.
+        num_cores: blocks that run at a time; default the device's, 2 in the simulator.
+
+    Raises:
+        ValueError: the tiles cannot run this problem.
+    """
+    problem = problem_of(x, weight, out_dtype)
+    device = current_device()
+    tiles = choose_config(OP_NAME, key(problem), TileConfig, device, config, lambda: heuristic(problem, device))
+    reason = tiles.refuses(problem)
+    if reason is not None:
+        raise ValueError(f"{tiles} cannot run {problem}: {reason}")
+    cores = num_cores or (2 if simulate else device.num_cores)
+    return _run(x, weight, problem, tiles, cores, simulate)
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "tiles", "num_cores", "simulate"))
+def _run(
+    x: jax.Array,
+    weight: QuantizedWeight,
+    problem: QuantizedMatmulProblem,
+    tiles: TileConfig,
+    num_cores: int,
+    simulate: bool,
+) -> jax.Array:
+    """One trace and one lowered function for all layers of the same shape."""
+    padded = jnp.pad(x, ((0, -x.shape[0] % tiles.rows), (0, 0)))
+    narrow = KINDS[problem.kind].activations
+    token_scales = None
+    if narrow is not None:
+        padded, scales = quantize_activations(padded, narrow, problem.group_size)
+        token_scales = scales.T  # [G, M]: one step's are one row
+    plan = _Plan(problem, tiles, padded.shape[0], str(padded.dtype), num_cores, Hopper(simulate))
+    operands = {"w": weight.stored, "x": padded, "s": weight.scales, "z": weight.zero_points, "t": token_scales}
+    out = _call(plan, {name: array for name, array in operands.items() if array is not None})
+    out = out[0] if tiles.splits == 1 else out.sum(0)
+    return out[: x.shape[0]].astype(problem.out_dtype)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is static about one launch.
+
+    Attributes:
+        problem, tiles: as given.
+        rows: M, padded.
+        dtype: of activations as they are multiplied.
+        num_cores: blocks of the grid, at most.
+        hopper: words of the body.
+    """
+
+    problem: QuantizedMatmulProblem
+    tiles: TileConfig
+    rows: int
+    dtype: str
+    num_cores: int
+    hopper: Hopper
+
+    @property
+    def weight_only(self) -> bool:
+        return KINDS[self.problem.kind].activations is None
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether products are scaled step by step."""
+        return self.problem.group_size > 0 or self.problem.zero_points
+
+    @property
+    def group(self) -> int:
+        """Inputs of a group."""
+        return self.problem.group_size if self.problem.group_size > 0 else self.problem.k
+
+    @property
+    def chunk(self) -> int:
+        """Inputs of a step that share scales."""
+        return min(self.group, self.tiles.inputs)
+
+    @property
+    def steps(self) -> int:
+        """Along K, of one tile of the result."""
+        return self.problem.k // self.tiles.inputs // self.tiles.splits
+
+    @property
+    def mma_outputs(self) -> int:
+        """Outputs of one warpgroup."""
+        return self.tiles.outputs // WARPGROUPS
+
+    @property
+    def out_type(self) -> jax.ShapeDtypeStruct:
+        """[splits, M, N]."""
+        shape = (self.tiles.splits, self.rows, self.problem.n)
+        return jax.ShapeDtypeStruct(shape, self.problem.out_dtype if self.tiles.splits == 1 else jnp.float32)
+
+    def specs(self, split: jax.Array) -> dict[str, plgpu.BlockSpec]:
+        """What one step copies, of operands already narrowed to the block's outputs and rows."""
+        tiles, first = self.tiles, split * i32(self.steps)
+        specs = {
+            "w": plgpu.BlockSpec(
+                (tiles.outputs, tiles.inputs),
+                lambda k: (0, first + k),
+                transforms=mma_transforms(tiles.inputs, KINDS[self.problem.kind].dtype),
+            ),
+            "x": plgpu.BlockSpec(
+                (tiles.rows, tiles.inputs), lambda k: (0, first + k), transforms=mma_transforms(self.chunk, self.dtype)
+            ),
+        }
+        if self.in_groups:
+            scales = tiles.inputs // self.chunk
+            steps = i32(max(self.group // tiles.inputs, 1))  # that share scales
+            specs["s"] = plgpu.BlockSpec((scales, tiles.outputs), lambda k: (lax.div(first + k, steps), 0))
+            if self.problem.zero_points:
+                specs["z"] = specs["s"]
+            if not self.weight_only:
+                specs["t"] = plgpu.BlockSpec((scales, tiles.rows), lambda k: (lax.div(first + k, steps), 0))
+        return specs
+
+
+def _call(plan: _Plan, operands: dict[str, jax.Array]) -> jax.Array:
+    """Launches the kernel on operands by name: w [N, K], x [M, K], s [G, N], z [G, N], t [G, M]."""
+    tiles = plan.tiles
+    names = tuple(operands)
+    row_tiles, output_tiles = plan.rows // tiles.rows, plan.problem.n // tiles.outputs
+
+    def body(*refs: Any) -> None:
+        *inputs, out, out_smem = refs
+        refs_of = dict(zip(names, inputs, strict=True))
+        first = plan.specs(i32(0))
+
+        def ignore(*_: Any, **__: Any) -> None:
+            return None
+
+        allocations = _pipeline(plan, first, ignore, ignore).get_allocations(*(refs_of[name] for name in first))
+
+        @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="wg")
+        def _scope(allocations: Any) -> None:
+            @plgpu.nd_loop((row_tiles * tiles.splits * output_tiles,), collective_axes="core")
+            def _tile(loop: plgpu.NDLoopInfo) -> None:
+                (index,) = loop.index
+                # Blocks that run together share weights (rows first), then the outputs' scales.
+                row, rest = lax.rem(index, i32(row_tiles)), lax.div(index, i32(row_tiles))
+                split, output = lax.rem(rest, i32(tiles.splits)), lax.div(rest, i32(tiles.splits))
+                rows = pl.ds(row * tiles.rows, tiles.rows)
+                outputs = pl.ds(output * tiles.outputs, tiles.outputs)
+                mine = {
+                    name: ref.at[{"w": outputs, "x": rows}[name]]
+                    if name in "wx"
+                    else ref.at[:, rows if name == "t" else outputs]
+                    for name, ref in refs_of.items()
+                }
+                _compute_tile(plan, split, mine, out.at[split, rows, outputs], out_smem, allocations)
+
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=plan.out_type,
+        grid=(min(plan.num_cores, row_tiles * tiles.splits * output_tiles),),
+        grid_names=("core",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="wg",
+        scratch_types=[
+            plgpu.SMEM(
+                (WARPGROUPS, tiles.rows, plan.mma_outputs),
+                plan.out_type.dtype,
+                transforms=mma_transforms(plan.mma_outputs, plan.out_type.dtype),
+            )
+        ],
+        compiler_params=compiler_params(),
+        interpret=plan.hopper.interpret,
+    )(*operands.values())
+
+
+def _pipeline(plan: _Plan, specs: dict[str, plgpu.BlockSpec], step: Any, context: Any) -> Any:
+    return plgpu.emit_pipeline_warp_specialized(
+        step,
+        grid=(plan.steps,),
+        memory_registers=56,  # with 40 the copying warpgroup spills when it has five arrays to copy
+        wg_axis="wg",
+        num_compute_wgs=WARPGROUPS,
+        max_concurrent_steps=plan.tiles.stages,
+        compute_context=context,
+        in_specs=list(specs.values()),
+    )
+
+
+def _compute_tile(
+    plan: _Plan, split: jax.Array, refs: dict[str, Any], target: Any, out_smem: Any, allocations: Any
+) -> None:
+    """One tile of the result: `refs` in global memory, narrowed to its outputs and rows."""
+    hopper, shape = plan.hopper, (plan.mma_outputs, plan.tiles.rows)
+    warpgroup = lax.axis_index("wg")
+    own = pl.ds(warpgroup * plan.mma_outputs, plan.mma_outputs)
+    specs = plan.specs(split)
+
+    def step(_: Any, *tiles: Any) -> Any:
+        *buffers, total = tiles
+        return _step(plan, dict(zip(specs, buffers, strict=True)), own, total)
+
+    def finish(total: jax.Array) -> None:
+        total = total.astype(jnp.float32)
+        if not plan.in_groups:
+            scales = hopper.load(refs["s"].at[0, own], _ROWS, optimized=False).astype(jnp.float32)
+            total = total * lax.broadcast_in_dim(scales, shape, [0])
+            if not plan.weight_only:
+                tokens = hopper.load(refs["t"].at[0], _COLUMNS, optimized=False)
+                total = total * lax.broadcast_in_dim(tokens, shape, [1])
+        total = total.astype(out_smem.dtype)
+        buffer = out_smem.at[warpgroup]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's copy out of this buffer
+        if hopper.simulate:
+            buffer[...] = total.T
+        else:
+            buffer.transpose((1, 0))[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer, target.at[:, own])
+
+    def context(evaluate: Any) -> None:
+        if plan.weight_only or plan.in_groups:
+            finish(evaluate(hopper.cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)))
+            return
+        dtype = jnp.int32 if plan.dtype == "int8" else jnp.float32
+
+        @functools.partial(pl.run_scoped, accumulator=ACC(shape, dtype))
+        def _accumulate(accumulator: Any) -> None:
+            evaluate(accumulator)
+            finish(accumulator[...])
+
+    _pipeline(plan, specs, step, context)(*(refs[name] for name in specs), allocations=allocations)
+
+
+def _step(plan: _Plan, buffers: dict[str, Any], own: Any, total: Any) -> Any:
+    """One step along K of one warpgroup: `total`, a value or the accumulator, plus the step's products."""
+    hopper, activations = plan.hopper, buffers["x"].transpose((1, 0))
+    if not plan.in_groups and not plan.weight_only:
+        plgpu.wgmma(total, buffers["w"].at[own], activations)
+        plgpu.wgmma_wait(0)
+        return total
+    if not plan.in_groups:
+        total = hopper.add_dot(total, hopper.load_narrow(buffers["w"].at[own], plan.dtype), activations)
+    else:
+        weights = hopper.load_narrow(buffers["w"].at[own], plan.dtype) if plan.weight_only else None
+        for index in range(plan.tiles.inputs // plan.chunk):
+            total = total + _group_product(plan, buffers, own, index, weights)
+    # Threads have read the buffers; the copies that will reuse them go through another proxy.
+    plgpu.commit_smem()
+    return total
+
+
+def _group_product(plan: _Plan, buffers: dict[str, Any], own: Any, index: int, weights: jax.Array | None) -> jax.Array:
+    """The scaled product of one group, or of the part of it that a step covers: the step's `index`-th."""
+    hopper, shape = plan.hopper, (plan.mma_outputs, plan.tiles.rows)
+    activations = buffers["x"].transpose((1, 0))
+    scales = hopper.cast(buffers["s"][index, own].astype(jnp.float32), _ROWS)
+    scales = lax.broadcast_in_dim(scales, shape, [0])
+    if weights is None:
+        product = hopper.dot(buffers["w"].at[own], activations, shape, _accumulator_dtype(plan)).astype(jnp.float32)
+        tokens = hopper.cast(buffers["t"][index], _COLUMNS)
+        return product * (scales * lax.broadcast_in_dim(tokens, shape, [1]))
+    part = slice(index * plan.chunk, (index + 1) * plan.chunk)
+    chunk = weights[:, part]
+    if plan.problem.zero_points:
+        zeros = hopper.cast(buffers["z"][index, own].astype(plan.dtype), _ROWS)
+        chunk = chunk - lax.broadcast_in_dim(zeros, chunk.shape, [0])
+    return hopper.dot_registers(chunk, activations.at[part], shape) * scales
+
+
+def _accumulator_dtype(plan: _Plan) -> Any:
+    return jnp.int32 if plan.dtype == "int8" else jnp.float32

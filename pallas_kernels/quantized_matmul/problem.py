@@ -1,0 +1,49 @@
+"""`QuantizedMatmulProblem`: what the choice of an implementation and of its tiles may depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantized_matmul.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class QuantizedMatmulProblem:
+    """Static description of one product.
+
+    Attributes:
+        m, k, n: rows, inputs, outputs.
+        kind: key of `weight.KINDS`.
+        group_size: inputs that share a scale; -1 = all.
+        zero_points: whether the weight has them.
+        dtype: of activations. out_dtype: of the result. scale_dtype: of the weight's scales.
+    """
+
+    m: int
+    k: int
+    n: int
+    kind: str
+    group_size: int
+    zero_points: bool
+    dtype: str
+    out_dtype: str
+    scale_dtype: str
+
+
+def problem_of(x: jax.Array, weight: QuantizedWeight, out_dtype: Any = None) -> QuantizedMatmulProblem:
+    """The description of `x @ weight` with results in `out_dtype`, by default x's."""
+    return QuantizedMatmulProblem(
+        m=x.shape[0],
+        k=weight.k,
+        n=weight.n,
+        kind=weight.kind,
+        group_size=weight.group_size,
+        zero_points=weight.zero_points is not None,
+        dtype=str(x.dtype),
+        out_dtype=str(jnp.dtype(out_dtype or x.dtype)),
+        scale_dtype=str(weight.scales.dtype),
+    )

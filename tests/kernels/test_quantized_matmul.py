@@ -1,0 +1,226 @@
+"""Packing of weights, quantization of activations, and every product with packed weights against the reference."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.op import UnsupportedImplementationError
+from pallas_kernels.quantized_matmul import (
+    KINDS,
+    OP,
+    QuantizedWeight,
+    dequantize,
+    from_dense,
+    quantize_activations,
+    quantized_matmul,
+    repack,
+)
+from pallas_kernels.quantized_matmul.cases import CASES, GPU_CASES, Case
+
+# Of the largest result. float32 differs by the order of sums; 16-bit activations meet group-scaled weights that were
+# rounded to the same 16 bits (2^-9 or 2^-12 each, random signs), and both grow with nothing but the sum's own size.
+TOLERANCE = {"float32": 3e-6, "bfloat16": 4e-3, "float16": 5e-4}
+IMPLEMENTATIONS = [i.name for i in OP.implementations if i.name not in ("reference", "mosaic_gpu_simulated")]
+call = jax.jit(quantized_matmul, static_argnames=("out_dtype", "implementation"))
+
+
+def independent(x: np.ndarray, weight: QuantizedWeight) -> np.ndarray:
+    """The specification again, with numpy in float64 and an index for each number."""
+    stored = np.asarray(weight.stored.astype(jnp.float32), np.float64)
+    scales = np.asarray(weight.scales.astype(jnp.float32), np.float64)
+    group = np.arange(weight.k) // (weight.k if weight.group_size < 0 else weight.group_size)
+    zeros = np.zeros(scales.shape) if weight.zero_points is None else np.asarray(weight.zero_points, np.float64)
+    values = (stored - zeros[group].T) * scales[group].T
+    dtype = KINDS[weight.kind].activations
+    x = x.astype(np.float64)
+    if dtype is not None:
+        limit = 127.0 if dtype == "int8" else 448.0
+        for g in range(group.max() + 1):
+            scale = np.abs(x[:, group == g]).max(1, keepdims=True).astype(np.float32) / np.float32(limit)
+            numbers = (x[:, group == g] / scale).astype(np.float32)
+            rounded = np.rint(numbers) if dtype == "int8" else numbers.astype(jnp.float8_e4m3fn)
+            x[:, group == g] = rounded.astype(np.float64) * scale
+    return x @ values.T
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_reference_against_numpy(case: Case) -> None:
+    rng = np.random.default_rng(0)
+    weight, x = case.weight(rng), case.activations(rng, "float32")
+    expected = independent(np.asarray(x), weight)
+    found = call(x, weight, implementation="reference")
+    # A number on the edge between two roundings of an activation may fall to either side.
+    edge = 3e-3 if KINDS[case.kind].activations else 0
+    np.testing.assert_allclose(found, expected, atol=(3e-6 + edge) * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_against_reference(case: Case, implementation: str, dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    weight, x = case.weight(rng), case.activations(rng, dtype)
+    try:
+        found = call(x, weight, implementation=implementation, out_dtype="float32")
+    except UnsupportedImplementationError as refused:
+        pytest.skip(str(refused))
+    expected = np.asarray(call(x, weight, implementation="reference", out_dtype="float32"))
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE[dtype] * np.abs(expected).max())
+    assert call(x, weight, implementation=implementation).dtype == x.dtype
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_scale_out_of_place_is_seen(implementation: str) -> None:
+    """The tolerance is narrow enough: scales or zero points of two neighbouring groups or outputs exchanged show."""
+    case = Case("", 4, 256, 128, "w4a16", 64, zero_points=True)
+    rng = np.random.default_rng(2)
+    weight, x = case.weight(rng), case.activations(rng, "bfloat16")
+    assert weight.zero_points is not None
+    expected = np.asarray(call(x, weight, implementation="reference", out_dtype="float32"))
+    swapped = [1, 0, *range(2, case.n)]
+    for wrong in (
+        QuantizedWeight(weight.stored, weight.scales[::-1], weight.zero_points, "w4a16", 64),
+        QuantizedWeight(weight.stored, weight.scales[:, jnp.array(swapped)], weight.zero_points, "w4a16", 64),
+        QuantizedWeight(weight.stored, weight.scales, weight.zero_points[::-1], "w4a16", 64),
+    ):
+        try:
+            found = np.asarray(call(x, wrong, implementation=implementation, out_dtype="float32"))
+        except UnsupportedImplementationError as refused:
+            pytest.skip(str(refused))
+        assert np.abs(found - expected).max() > 5 * TOLERANCE["bfloat16"] * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_its_batch_mates(kind: str, implementation: str) -> None:
+    rng = np.random.default_rng(3)
+    case = Case("", 8, 256, 128, kind)
+    weight, x = case.weight(rng), case.activations(rng, "bfloat16")
+    other = x.at[1:].set(case.activations(rng, "bfloat16")[1:])
+    try:
+        found = [call(rows, weight, implementation=implementation, out_dtype="float32") for rows in (x, other)]
+    except UnsupportedImplementationError as refused:
+        pytest.skip(str(refused))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+
+
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("group_size", [-1, 32, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_to_nearest(kind: str, group_size: int, zero_points: bool, scale_dtype: str) -> None:
+    """Every value lies within half a step of what it stands for, and the numbers use their range."""
+    if zero_points and (KINDS[kind].activations or "fp8" in kind):
+        with pytest.raises(ValueError, match="no zero points"):
+            from_dense(jnp.ones((128, 8)), kind, group_size, zero_points=True)
+        return
+    rng = np.random.default_rng(4)
+    dense = rng.standard_normal((2, 256, 24)).astype(np.float32) + 0.3
+    weight = from_dense(
+        jnp.asarray(dense), kind, group_size, zero_points=zero_points, scale_dtype=jnp.dtype(scale_dtype)
+    )
+    assert (weight.k, weight.n) == (256, 24) and weight.stored.dtype == KINDS[kind].dtype
+    assert weight.scales.dtype == scale_dtype
+    found = np.swapaxes(np.asarray(dequantize(weight)), -1, -2)
+    size = 256 if group_size < 0 else group_size
+    steps = np.repeat(np.asarray(weight.scales, np.float32), size, axis=1)
+    # Half a step, and the clipped edge: scales rounded to 8 or 11 bits move the largest of 127 or 448 numbers.
+    slack = {"float32": 1e-4, "float16": 0.07, "bfloat16": 0.5}[scale_dtype] * (0.1 if KINDS[kind].bits == 4 else 1)
+    slack += 0.5 if zero_points else 0  # the zero point itself is rounded
+    bound = steps * (0.5 + slack) if "fp8" not in kind else np.maximum(np.abs(dense) / 16, steps * 2.0**-9) + steps
+    assert (np.abs(found - dense) <= bound).all()
+    numbers = np.asarray(weight.stored.astype(jnp.float32))
+    assert np.abs(numbers).max() == KINDS[kind].largest + (1 if zero_points else 0)
+
+
+def test_zero_points_reach_the_ends_of_their_range() -> None:
+    """All values of one sign: the zero point goes to an end of its range, and zeros of a weight stay zeros."""
+    positive = jnp.concatenate([jnp.linspace(1.0, 16.0, 31), jnp.zeros(1)])[:, None]
+    weight = from_dense(jnp.concatenate([positive, -positive, 0 * positive], 1), "w4a16", 32, zero_points=True)
+    assert weight.zero_points is not None
+    np.testing.assert_array_equal(weight.zero_points, [[-8, 7, -8]])
+    np.testing.assert_array_equal(dequantize(weight)[:, -1], 0)
+    np.testing.assert_array_equal(dequantize(weight)[2], 0)
+
+
+def test_repack_scales() -> None:
+    """One scale, one per output, per group, per block with a short last block: all mean the same product."""
+    rng = np.random.default_rng(5)
+    stored = jnp.asarray(rng.integers(-127, 128, (192, 256)), jnp.int8)
+    wide = np.asarray(stored, np.float32)
+
+    def values(scales: np.ndarray, **options: int) -> np.ndarray:
+        return np.asarray(dequantize(repack(stored, jnp.asarray(scales, jnp.float32), kind="w8a16", **options)))
+
+    np.testing.assert_array_equal(values(np.float32(0.5)), wide * 0.5)
+    np.testing.assert_array_equal(values(np.full(1, 0.25)), wide * 0.25)
+    rows = np.float32(2.0) ** rng.integers(-4, 4, (192, 1))
+    np.testing.assert_array_equal(values(-rows), wide * -rows)  # negative scales are some checkpoints' own
+    groups = np.float32(2.0) ** rng.integers(-4, 4, (192, 4))
+    np.testing.assert_array_equal(values(groups, group_size=64), wide * np.repeat(groups, 64, 1))
+    blocks = np.float32(2.0) ** rng.integers(-4, 4, (2, 2))
+    expected = wide * np.repeat(np.repeat(blocks, 128, 1), 128, 0)[:192]
+    np.testing.assert_array_equal(values(blocks, group_size=128, rows_per_scale=128), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "w3a16"}, "none of w8a16"),
+        ({"group_size": 96}, "none of -1, 32"),
+        ({"group_size": 128}, "192 inputs are not a multiple"),
+        ({"kind": "w8a8", "zero_points": jnp.ones((8, 1))}, "no zero points"),
+        ({"scales": jnp.ones((8, 1), jnp.int8)}, "scales are int8"),
+    ],
+)
+def test_repack_refuses(change: dict, message: str) -> None:
+    arguments = {"stored": jnp.ones((8, 192)), "scales": jnp.ones((8, 1)), "kind": "w8a16"}
+    with pytest.raises(ValueError, match=message):
+        repack(**(arguments | change))
+
+
+def test_size_and_tree() -> None:
+    weight = from_dense(jnp.ones((256, 64)), "w4a16", 64, zero_points=True, scale_dtype=jnp.bfloat16)
+    assert weight.size_bytes == 256 * 64 // 2 + 4 * 64 * 2 + 4 * 64
+    leaves, structure = jax.tree.flatten(weight)
+    assert [leaf.shape for leaf in leaves] == [(64, 256), (4, 64), (4, 64)]
+    assert jax.tree.unflatten(structure, leaves).group_size == 64
+    assert jax.tree.structure(from_dense(jnp.ones((256, 64)), "w4a16", 32, zero_points=True)) != structure
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("int8", 127), ("float8_e4m3fn", 448)])
+def test_quantize_activations(dtype: str, largest: int) -> None:
+    x = jnp.asarray([[0.5, -2.0, 1.0, 0.0], [0.0, 0.0, 3e38, 1.0]], jnp.float32)
+    stored, scales = quantize_activations(x, jnp.dtype(dtype), 2)
+    assert stored.dtype == dtype
+    np.testing.assert_allclose(scales, np.asarray([[2.0, 1.0], [0.0, 3e38]]) / largest, rtol=1e-6)
+    wide = np.asarray(stored, np.float32)
+    np.testing.assert_array_equal(np.abs(wide).reshape(2, 2, 2).max(-1), [[largest, largest], [0, largest]])
+    np.testing.assert_allclose(
+        wide * np.repeat(scales, 2, 1), [[0.5, -2.0, 1.0, 0.0], [0.0, 0.0, 3e38, 0.0]], rtol=0.07
+    )
+    whole, per_token = quantize_activations(x, jnp.dtype(dtype))
+    np.testing.assert_allclose(per_token, np.asarray([[2.0], [3e38]]) / largest, rtol=1e-6)
+    assert np.abs(np.asarray(whole, np.float32)).max(1).tolist() == [largest, largest]
+
+
+def test_int8_activations_round_half_to_even() -> None:
+    stored, scales = quantize_activations(jnp.asarray([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]]), jnp.int8)
+    assert float(scales[0, 0]) == 1.0
+    np.testing.assert_array_equal(stored, [[127, 0, 2, 2, 0, -2]])
+
+
+def test_strict_implementation_and_shapes() -> None:
+    weight = from_dense(jnp.ones((256, 64)), "w8a16")
+    with pytest.raises(UnsupportedImplementationError, match="no implementation 'cuda'"):
+        quantized_matmul(jnp.ones((1, 256)), weight, implementation="cuda")
+    with pytest.raises(ValueError, match="do not meet"):
+        quantized_matmul(jnp.ones((1, 128)), weight)
+
+
+def test_case_names_are_unique() -> None:
+    names = [case.name for case in (*CASES, *GPU_CASES)]
+    assert len(set(names)) == len(names)
