@@ -1,7 +1,15 @@
-"""The product with packed weights as XLA dots."""
+"""The product with packed weights as XLA dots.
+
+On a GPU XLA fuses the conversion of weights with one scale per output into its matrix product. On a CPU it never does:
+converted weights go to memory and back, several times the bytes of the packed ones. There, integer weights too large
+for the caches are converted and multiplied in chunks of outputs. Conversions from 8-bit floats are slow themselves and
+gain more from all threads than from caches: a loop's body has one thread for them
+(docs/measurements/quantized-matmul-cpu.md).
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -10,62 +18,98 @@ from jax import lax
 
 from pallas_kernels.device import current_device
 from pallas_kernels.quantized_matmul.activations import quantize_activations
+from pallas_kernels.quantized_matmul.reference import met
 from pallas_kernels.quantized_matmul.weight import KINDS, QuantizedWeight, dequantize
 
+CHUNK = 512  # outputs
+LEAST_CHUNK = 128  # where N is no multiple of CHUNK
+LEAST_CHUNKED = 1 << 22  # numbers of a weight: smaller ones stay in the caches
 _NT = (((1,), (1,)), ((), ()))  # [M, K] x [N, K]
 
 
 def run(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
     """See `api.quantized_matmul`."""
-    rows = x.shape[0]
-    if rows == 1 and current_device().platform == "cpu":
-        x = jnp.concatenate(
-            [x, jnp.zeros_like(x)]
-        )  # one-row dots are many times slower (docs/measurements/cpu-dots.md)
+    rows, on_cpu = x.shape[0], current_device().platform == "cpu"
+    if rows == 1 and on_cpu:
+        # One-row dots of narrow numbers are many times slower (docs/measurements/cpu-dots.md).
+        x = jnp.concatenate([x, jnp.zeros_like(x)])
     activations = KINDS[weight.kind].activations
     if activations is None:
-        product = _weight_only(x, weight)
+        product = _in_chunks(x, weight) if on_cpu else _weight_only(x, weight)
     elif weight.group_size < 0:
-        product = _both(x, weight, activations)
-    else:
+        product = _both(x, weight, activations, on_cpu)
+    elif on_cpu:
         product = _both_in_groups(x, weight, activations)
+    else:  # a loop would stay outside of a CUDA graph
+        product = _dot(met(x, weight).astype(x.dtype), dequantize(weight, x.dtype))
     return product[:rows].astype(out_dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """[M, K] x [N, K]."""
+    return lax.dot_general(a, b, _NT, preferred_element_type=dtype)
 
 
 def _weight_only(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     """float32[M, N]; a scale per output stays outside of the sum, so the weights need nothing but a conversion."""
     if weight.group_size > 0 or weight.zero_points is not None:
-        return lax.dot_general(x, dequantize(weight, x.dtype), _NT, preferred_element_type=jnp.float32)
-    product = lax.dot_general(x, weight.stored.astype(x.dtype), _NT, preferred_element_type=jnp.float32)
-    return product * weight.scales[0].astype(jnp.float32)
+        return _dot(x, dequantize(weight, x.dtype))
+    return _dot(x, weight.stored.astype(x.dtype)) * weight.scales[0].astype(jnp.float32)
 
 
-def _both(x: jax.Array, weight: QuantizedWeight, dtype: str) -> jax.Array:
+def _in_chunks(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+    """The same, some outputs at a time if that pays."""
+    chunk = chunk_of(weight)
+    if chunk == weight.n:
+        return _weight_only(x, weight)
+
+    def multiply(index: jax.Array, out: jax.Array) -> jax.Array:
+        first = index * chunk
+        part = QuantizedWeight(
+            lax.dynamic_slice_in_dim(weight.stored, first, chunk, 0),
+            lax.dynamic_slice_in_dim(weight.scales, first, chunk, 1),
+            None if weight.zero_points is None else lax.dynamic_slice_in_dim(weight.zero_points, first, chunk, 1),
+            weight.kind,
+            weight.group_size,
+        )
+        return lax.dynamic_update_slice_in_dim(out, _weight_only(x, part), first, 1)
+
+    return lax.fori_loop(0, weight.n // chunk, multiply, jnp.zeros((x.shape[0], weight.n), jnp.float32))
+
+
+def chunk_of(weight: QuantizedWeight) -> int:
+    """Outputs to convert and multiply at a time on a CPU."""
+    chunk = math.gcd(weight.n, CHUNK)
+    pays = jnp.issubdtype(weight.stored.dtype, jnp.integer) and weight.n * weight.k >= LEAST_CHUNKED
+    return chunk if pays and chunk >= LEAST_CHUNK else weight.n
+
+
+def _both(x: jax.Array, weight: QuantizedWeight, dtype: str, on_cpu: bool) -> jax.Array:
     """float32[M, N] of quantized activations, one scale per token and one per output."""
     stored, scales = quantize_activations(x, dtype)
-    product = _narrow_dot(stored, weight.stored)
-    return product.astype(jnp.float32) * scales * weight.scales[0].astype(jnp.float32)
+    return _narrow_dot(stored, weight.stored, on_cpu) * scales * weight.scales[0].astype(jnp.float32)
 
 
 def _both_in_groups(x: jax.Array, weight: QuantizedWeight, dtype: str) -> jax.Array:
     """float32[M, N] of activations with a scale per token and group: each group's product, scaled and added."""
-    stored, scales = quantize_activations(x, dtype, weight.group_size)
-    groups = scales.shape[1]
+    numbers, scales = quantize_activations(x, dtype, weight.group_size)
+    packed = weight.stored
+    if not jnp.issubdtype(packed.dtype, jnp.integer):
+        packed = packed.astype(jnp.bfloat16)  # here by all threads, in the loop by one
 
     def add(g: jax.Array, total: jax.Array) -> jax.Array:
         start = g * weight.group_size
-        a = lax.dynamic_slice_in_dim(stored, start, weight.group_size, 1)
-        b = lax.dynamic_slice_in_dim(weight.stored, start, weight.group_size, 1)
-        factor = scales[:, g, None] * weight.scales[g].astype(jnp.float32)
-        return total + _narrow_dot(a, b).astype(jnp.float32) * factor
+        a = lax.dynamic_slice_in_dim(numbers, start, weight.group_size, 1)
+        b = lax.dynamic_slice_in_dim(packed, start, weight.group_size, 1)
+        return total + _narrow_dot(a, b, True) * (scales[:, g, None] * weight.scales[g].astype(jnp.float32))
 
-    return lax.fori_loop(0, groups, add, jnp.zeros((x.shape[0], weight.n), jnp.float32))
+    return lax.fori_loop(0, scales.shape[1], add, jnp.zeros((x.shape[0], weight.n), jnp.float32))
 
 
-def _narrow_dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[M, K] x [N, K] of 8-bit numbers: int32 of integers, float32 of floats."""
+def _narrow_dot(a: jax.Array, b: jax.Array, on_cpu: bool) -> jax.Array:
+    """float32 [M, K] x [N, K] of 8-bit numbers, summed in int32 if they are integers."""
     if jnp.issubdtype(a.dtype, jnp.integer):
-        return lax.dot_general(a, b, _NT, preferred_element_type=jnp.int32)
-    if current_device().platform == "cpu":  # no dots of 8-bit floats there; bfloat16 holds each of them exactly
+        return _dot(a, b, jnp.int32).astype(jnp.float32)
+    if on_cpu:  # no dots of 8-bit floats there; bfloat16 holds each of them exactly
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return lax.dot_general(a, b, _NT, preferred_element_type=jnp.float32)
+    return _dot(a, b)

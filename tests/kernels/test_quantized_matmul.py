@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from pallas_kernels.quantized_matmul import (
     quantize_activations,
     quantized_matmul,
     repack,
+    xla,
 )
 from pallas_kernels.quantized_matmul.cases import CASES, GPU_CASES, Case
 
@@ -70,6 +73,20 @@ def test_against_reference(case: Case, implementation: str, dtype: str) -> None:
     expected = np.asarray(call(x, weight, implementation="reference", out_dtype="float32"))
     np.testing.assert_allclose(found, expected, atol=TOLERANCE[dtype] * np.abs(expected).max())
     assert call(x, weight, implementation=implementation).dtype == x.dtype
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not KINDS[c.kind].activations], ids=lambda c: c.name)
+def test_chunks_of_outputs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What large weights take on a CPU, on small ones."""
+    case = replace(case, n=384 if case.n > 128 else 256)
+    weight, x = case.weight(np.random.default_rng(6)), case.activations(np.random.default_rng(7), "bfloat16")
+    whole = xla.run(x, weight, jnp.float32)
+    assert xla.chunk_of(weight) == case.n
+    monkeypatch.setattr(xla, "LEAST_CHUNKED", 0)
+    monkeypatch.setattr(xla, "CHUNK", 128)
+    assert xla.chunk_of(weight) == (case.n if "fp8" in case.kind else 128)
+    found = jax.jit(lambda x, w: xla.run(x, w, jnp.float32))(x, weight)
+    np.testing.assert_allclose(found, whole, atol=3e-6 * np.abs(np.asarray(whole)).max())
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
