@@ -3,6 +3,7 @@
 Choosing experts, sorting rows and adding an expert's share to a token are the layer's business, not this op's.
 """
 
-from pallas_kernels.grouped_matmul.api import OP, GroupedMatmulProblem, grouped_matmul
+from pallas_kernels.grouped_matmul.api import OP, grouped_matmul
+from pallas_kernels.grouped_matmul.problem import GroupedMatmulProblem
 
 __all__ = ["OP", "GroupedMatmulProblem", "grouped_matmul"]

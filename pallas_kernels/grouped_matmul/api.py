@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul import reference, xla
-from pallas_kernels.op import Implementation, Op
+from pallas_kernels.grouped_matmul import pallas_mosaic_gpu, reference, xla
+from pallas_kernels.grouped_matmul.gpu_cases import gpu_cases
+from pallas_kernels.grouped_matmul.problem import grouped_problem_of
+from pallas_kernels.op import Implementation, Op, mosaic_gpu
 from pallas_kernels.quantized_matmul import QuantizedWeight
 
 
-@dataclass(frozen=True)
-class GroupedMatmulProblem:
-    """Static description.
-
-    Attributes:
-        num_tokens, k, n, num_experts: T rows, K inputs, N outputs, E experts.
-        dtype: of activations.
-        kind: key of `quantized_matmul.KINDS`, or "dense".
-    """
-
-    num_tokens: int
-    k: int
-    n: int
-    num_experts: int
-    dtype: str
-    kind: str
-
-
-def _everything(problem: GroupedMatmulProblem) -> str | None:
+def _everything(problem: object) -> str | None:
     del problem
     return None
 
@@ -39,10 +22,12 @@ def _everything(problem: GroupedMatmulProblem) -> str | None:
 OP = Op(
     name="grouped_matmul",
     implementations=(
+        *mosaic_gpu(pallas_mosaic_gpu.make, pallas_mosaic_gpu.supports),
         Implementation("xla", {"run": xla.run}, _everything),
         Implementation("reference", {"run": reference.run}, _everything),
     ),
-    automatic=("xla",),
+    automatic=("mosaic_gpu", "xla"),
+    gpu_cases=gpu_cases,
 )
 
 
@@ -70,12 +55,10 @@ def grouped_matmul(
     Raises:
         ValueError: shapes that do not meet.
     """
-    if isinstance(weight, QuantizedWeight):
-        shape, kind = (*weight.stored.shape[:-2], weight.k, weight.n), weight.kind
-    else:
-        shape, kind = weight.shape, "dense"
+    packed = isinstance(weight, QuantizedWeight)
+    shape = (*weight.stored.shape[:-2], weight.k, weight.n) if packed else weight.shape
     if x.ndim != 2 or len(shape) != 3 or x.shape[1] != shape[1] or group_sizes.shape != shape[:1]:
         raise ValueError(f"rows {x.shape} and groups {group_sizes.shape} do not meet a weight of {shape} ([E, K, N])")
-    problem = GroupedMatmulProblem(x.shape[0], shape[1], shape[2], shape[0], str(x.dtype), kind)
+    problem = grouped_problem_of(x, weight, out_dtype)
     chosen = OP.choose(implementation, problem)
-    return chosen.functions["run"](x, weight, group_sizes, jnp.dtype(out_dtype or x.dtype))
+    return chosen.functions["run"](x, weight, group_sizes, jnp.dtype(problem.product.out_dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from pallas_kernels.device import Device
 from pallas_kernels.mosaic import SMEM_LIMIT, bits_of
 from pallas_kernels.quantized_matmul.problem import QuantizedMatmulProblem
-from pallas_kernels.quantized_matmul.weight import KINDS
 from pallas_kernels.tuning import tuned_entries
 
 OP_NAME = "quantized_matmul"
@@ -49,10 +48,9 @@ class TileConfig:
         group = problem.group_size
         if group > 0 and (max(group, self.inputs) % min(group, self.inputs) or problem.k // self.splits % group):
             return f"groups of {group} do not align with steps of {self.inputs} in {self.splits} splits"
-        if KINDS[problem.kind].activations is not None and 0 < group < self.inputs:
+        if problem.rule.activations is not None and 0 < group < self.inputs:
             return f"groups of {group} are shorter than a step of {self.inputs}"
-        in_groups = group > 0 or problem.zero_points
-        sums = self.rows * self.outputs // WARPGROUPS // 128 * (2 if in_groups else 1)
+        sums = self.rows * self.outputs // WARPGROUPS // 128 * (2 if problem.in_groups else 1)
         if sums > _ACCUMULATORS:
             return f"{sums} registers a thread for sums, more than {_ACCUMULATORS}"
         if self.size_bytes(problem) > SMEM_LIMIT:
@@ -66,11 +64,11 @@ class TileConfig:
 
     def stage_bytes(self, problem: QuantizedMatmulProblem) -> int:
         """Shared memory of one step."""
-        kind = KINDS[problem.kind]
+        kind = problem.rule
         wide = bits_of(kind.activations or problem.dtype)
         groups = max(1, self.inputs // problem.group_size) if problem.group_size > 0 else 1
         tiles = (self.outputs * kind.bits + self.rows * wide) * self.inputs // 8
-        if problem.group_size < 0 and not problem.zero_points:
+        if not problem.in_groups:
             return tiles
         vectors = groups * self.outputs * (jnp.dtype(problem.scale_dtype).itemsize + 1) + self.rows * 4
         return tiles + -(-vectors // 1024) * 1024
@@ -87,25 +85,40 @@ def heuristic(problem: QuantizedMatmulProblem, device: Device) -> TileConfig:
     """A guess. Few rows: reading weights is all the time there is, so all cores read, with as many bytes in flight as
     there is room for. Many rows: the largest tile whose sums fit in registers.
     """
-    in_groups = problem.group_size > 0 or problem.zero_points
-    both_narrow = KINDS[problem.kind].activations is not None
+    both_narrow = problem.rule.activations is not None
     rows = min(max(8, 1 << (problem.m - 1).bit_length()), 128)
-    outputs = 256 if both_narrow and not in_groups and rows == 128 and problem.n % 256 == 0 else 128
+    row_tiles, outputs = -(-problem.m // rows), 128
+    if (
+        both_narrow
+        and not problem.in_groups
+        and problem.n % 256 == 0
+        and row_tiles * problem.n >= 256 * device.num_cores
+    ):
+        outputs = 256  # enough tiles for all cores, and room for their sums
     inputs = 128 if problem.k % 128 == 0 else 64
     if both_narrow and problem.group_size > 0:
         inputs = min(inputs, problem.group_size)
-    blocks = problem.n // outputs * -(-problem.m // rows)
-    splits = _splits(problem, blocks, inputs, device.num_cores) if rows <= 64 else 1
-    draft = TileConfig(rows, outputs, inputs, 1, splits)
+    splits = _splits(problem, problem.n // outputs * row_tiles, inputs, device.num_cores)
+    return with_stages(TileConfig(rows, outputs, inputs, 1, splits), problem)
+
+
+def with_stages(tiles: TileConfig, problem: QuantizedMatmulProblem) -> TileConfig:
+    """The tiles with as many stages as there is room for, at most 8 or the steps."""
+    draft = replace(tiles, stages=1)
     room = 1 + (SMEM_LIMIT - draft.size_bytes(problem)) // draft.stage_bytes(problem)
-    steps = problem.k // inputs // splits
-    return TileConfig(rows, outputs, inputs, max(2, min(8, room, steps)), splits)
+    steps = problem.k // tiles.inputs // tiles.splits
+    return replace(tiles, stages=max(2, min(8, room, steps)))
 
 
 def _splits(problem: QuantizedMatmulProblem, blocks: int, inputs: int, num_cores: int) -> int:
     """The fewest parts of K with which cores are nearly as busy as they can be."""
     align = math.lcm(inputs, max(problem.group_size, 1))
-    fit = [s for s in (1, 2, 4, 8) if problem.k % (align * s) == 0 and problem.k // inputs // s >= 4] or [1]
+    most = 8 if problem.m <= 64 else 4  # parts of many rows are many bytes to add up
+    fit = [s for s in (1, 2, 4, 8) if s <= most and problem.k % (align * s) == 0 and problem.k // inputs // s >= 4] or [
+        1
+    ]
+    if blocks >= num_cores and problem.m > 64:
+        return 1
     busy = {s: blocks * s / (-(-blocks * s // num_cores) * num_cores) for s in fit}
     return next(s for s in fit if busy[s] >= 0.95 * max(busy.values()))
 

@@ -18,7 +18,7 @@ from pallas_kernels.quantized_matmul.problem import problem_of
 from pallas_kernels.quantized_matmul.weight import KINDS, QuantizedWeight
 
 DTYPE = "bfloat16"
-_INSTRUCTIONS = {None: "HGMMA", "int8": "IGMMA", "float8_e4m3fn": "QGMMA"}  # by the dtype of activations
+INSTRUCTIONS = {None: "HGMMA", "int8": "IGMMA", "float8_e4m3fn": "QGMMA"}  # by the dtype of activations
 _TABLE_ROWS = (8, 64, 2048)
 
 
@@ -75,7 +75,7 @@ def _gpu_case(case: Case) -> GpuCase:
         function=function,
         sample=functools.partial(sample, case),
         configs=(first, *(config for config in search_space(problem) if config != first)),
-        instructions=(_INSTRUCTIONS[KINDS[case.kind].activations], "UTMALDG"),
+        instructions=(INSTRUCTIONS[KINDS[case.kind].activations], "UTMALDG"),
         num_bytes=weight.size_bytes + 2 * case.m * (case.k + case.n),
         num_flops=2 * case.m * case.k * case.n,
         in_table=case.name.startswith("Llama-3.1-8B 4096x4096") and case.m in _TABLE_ROWS,

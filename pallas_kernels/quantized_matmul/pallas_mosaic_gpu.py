@@ -37,7 +37,7 @@ from pallas_kernels.mosaic import ACC, Hopper, compiler_params, i32, mma_transfo
 from pallas_kernels.quantized_matmul.activations import quantize_activations
 from pallas_kernels.quantized_matmul.config import MMA_ROWS, OP_NAME, WARPGROUPS, TileConfig, heuristic, key
 from pallas_kernels.quantized_matmul.problem import QuantizedMatmulProblem, problem_of
-from pallas_kernels.quantized_matmul.weight import KINDS, QuantizedWeight
+from pallas_kernels.quantized_matmul.weight import DENSE, QuantizedWeight
 from pallas_kernels.tuning import choose_config
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)  # a number per output
@@ -54,7 +54,7 @@ def supports(problem: QuantizedMatmulProblem) -> str | None:
         return f"{problem.n} outputs are not a multiple of {WARPGROUPS * MMA_ROWS}"
     if problem.k % 64:
         return f"{problem.k} inputs are not a multiple of 64"
-    if KINDS[problem.kind].activations is not None and problem.group_size == 32:
+    if problem.rule.activations is not None and problem.group_size == 32:
         return "quantized activations in groups of 32: a step along K is 64 or more"
     return None
 
@@ -105,20 +105,20 @@ def _run(
 ) -> jax.Array:
     """One trace and one lowered function for all layers of the same shape."""
     padded = jnp.pad(x, ((0, -x.shape[0] % tiles.rows), (0, 0)))
-    narrow = KINDS[problem.kind].activations
+    narrow = problem.rule.activations
     token_scales = None
     if narrow is not None:
         padded, scales = quantize_activations(padded, narrow, problem.group_size)
         token_scales = scales.T  # [G, M]: one step's are one row
-    plan = _Plan(problem, tiles, padded.shape[0], str(padded.dtype), num_cores, Hopper(simulate))
+    plan = Plan(problem, tiles, padded.shape[0], str(padded.dtype), num_cores, Hopper(simulate))
     operands = {"w": weight.stored, "x": padded, "s": weight.scales, "z": weight.zero_points, "t": token_scales}
-    out = _call(plan, {name: array for name, array in operands.items() if array is not None})
+    out = launch(plan, {name: array for name, array in operands.items() if array is not None})
     out = out[0] if tiles.splits == 1 else out.sum(0)
     return out[: x.shape[0]].astype(problem.out_dtype)
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """All that is static about one launch.
 
     Attributes:
@@ -127,6 +127,7 @@ class _Plan:
         dtype: of activations as they are multiplied.
         num_cores: blocks of the grid, at most.
         hopper: words of the body.
+        experts: whether each tile of rows has a weight of its own.
     """
 
     problem: QuantizedMatmulProblem
@@ -135,15 +136,22 @@ class _Plan:
     dtype: str
     num_cores: int
     hopper: Hopper
+    experts: bool = False
+
+    @property
+    def dense(self) -> bool:
+        """Whether weights are not packed: [K, N]."""
+        return self.problem.kind == DENSE
 
     @property
     def weight_only(self) -> bool:
-        return KINDS[self.problem.kind].activations is None
+        """Whether weights are converted to the activations' dtype."""
+        return self.problem.rule.activations is None and not self.dense
 
     @property
     def in_groups(self) -> bool:
         """Whether products are scaled step by step."""
-        return self.problem.group_size > 0 or self.problem.zero_points
+        return self.problem.in_groups
 
     @property
     def group(self) -> int:
@@ -176,9 +184,9 @@ class _Plan:
         tiles, first = self.tiles, split * i32(self.steps)
         specs = {
             "w": plgpu.BlockSpec(
-                (tiles.outputs, tiles.inputs),
-                lambda k: (0, first + k),
-                transforms=mma_transforms(tiles.inputs, KINDS[self.problem.kind].dtype),
+                (tiles.inputs, tiles.outputs) if self.dense else (tiles.outputs, tiles.inputs),
+                lambda k: (first + k, 0) if self.dense else (0, first + k),
+                transforms=mma_transforms(self.mma_outputs if self.dense else tiles.inputs, self.problem.rule.dtype),
             ),
             "x": plgpu.BlockSpec(
                 (tiles.rows, tiles.inputs), lambda k: (0, first + k), transforms=mma_transforms(self.chunk, self.dtype)
@@ -195,38 +203,49 @@ class _Plan:
         return specs
 
 
-def _call(plan: _Plan, operands: dict[str, jax.Array]) -> jax.Array:
-    """Launches the kernel on operands by name: w [N, K], x [M, K], s [G, N], z [G, N], t [G, M]."""
-    tiles = plan.tiles
-    names = tuple(operands)
+def launch(plan: Plan, operands: dict[str, jax.Array]) -> jax.Array:
+    """Launches the kernel.
+
+    Args:
+        plan: of the launch.
+        operands: by name. w: weights [N, K], or [K, N] if dense; x: activations [M, K]; s: scales [G, N]; z: zero
+            points [G, N]; t: scales of tokens [G, M]. With experts, E lead w, s and z, and there are e: int32[I], the
+            expert of each of I tiles of rows, and c: int32[1], how many of them to compute.
+
+    Returns:
+        [splits, M, N].
+    """
+    tiles, names = plan.tiles, tuple(operands)
     row_tiles, output_tiles = plan.rows // tiles.rows, plan.problem.n // tiles.outputs
 
     def body(*refs: Any) -> None:
         *inputs, out, out_smem = refs
         refs_of = dict(zip(names, inputs, strict=True))
         first = plan.specs(i32(0))
+        narrowed = {name: _narrow(plan, name, ref, i32(0), i32(0), i32(0)) for name, ref in refs_of.items()}
 
         def ignore(*_: Any, **__: Any) -> None:
             return None
 
-        allocations = _pipeline(plan, first, ignore, ignore).get_allocations(*(refs_of[name] for name in first))
+        allocations = _pipeline(plan, first, ignore, ignore).get_allocations(*(narrowed[name] for name in first))
 
         @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="wg")
         def _scope(allocations: Any) -> None:
-            @plgpu.nd_loop((row_tiles * tiles.splits * output_tiles,), collective_axes="core")
+            live = refs_of["c"][0] if plan.experts else i32(row_tiles)
+
+            @plgpu.nd_loop((live * i32(tiles.splits * output_tiles),), collective_axes="core")
             def _tile(loop: plgpu.NDLoopInfo) -> None:
                 (index,) = loop.index
-                # Blocks that run together share weights (rows first), then the outputs' scales.
-                row, rest = lax.rem(index, i32(row_tiles)), lax.div(index, i32(row_tiles))
-                split, output = lax.rem(rest, i32(tiles.splits)), lax.div(rest, i32(tiles.splits))
+                if plan.experts:  # blocks that run together share rows
+                    output, rest = lax.rem(index, i32(output_tiles)), lax.div(index, i32(output_tiles))
+                    split, row = lax.rem(rest, i32(tiles.splits)), lax.div(rest, i32(tiles.splits))
+                else:  # blocks that run together share weights
+                    row, rest = lax.rem(index, i32(row_tiles)), lax.div(index, i32(row_tiles))
+                    split, output = lax.rem(rest, i32(tiles.splits)), lax.div(rest, i32(tiles.splits))
+                expert = refs_of["e"][row] if plan.experts else i32(0)
+                mine = {name: _narrow(plan, name, ref, expert, row, output) for name, ref in refs_of.items()}
                 rows = pl.ds(row * tiles.rows, tiles.rows)
                 outputs = pl.ds(output * tiles.outputs, tiles.outputs)
-                mine = {
-                    name: ref.at[{"w": outputs, "x": rows}[name]]
-                    if name in "wx"
-                    else ref.at[:, rows if name == "t" else outputs]
-                    for name, ref in refs_of.items()
-                }
                 _compute_tile(plan, split, mine, out.at[split, rows, outputs], out_smem, allocations)
 
         plgpu.wait_smem_to_gmem(0)
@@ -250,7 +269,26 @@ def _call(plan: _Plan, operands: dict[str, jax.Array]) -> jax.Array:
     )(*operands.values())
 
 
-def _pipeline(plan: _Plan, specs: dict[str, plgpu.BlockSpec], step: Any, context: Any) -> Any:
+def _narrow(plan: Plan, name: str, ref: Any, expert: jax.Array, row: jax.Array, output: jax.Array) -> Any:
+    """An operand in global memory, narrowed to what one tile of the result needs."""
+    rows = pl.ds(row * plan.tiles.rows, plan.tiles.rows)
+    outputs = pl.ds(output * plan.tiles.outputs, plan.tiles.outputs)
+    if name in "wsz" and plan.experts:
+        ref = ref.at[expert]
+    match name:
+        case "x":
+            return ref.at[rows]
+        case "w" if not plan.dense:
+            return ref.at[outputs]
+        case "w" | "s" | "z":
+            return ref.at[:, outputs]
+        case "t":
+            return ref.at[:, rows]
+        case _:
+            return ref
+
+
+def _pipeline(plan: Plan, specs: dict[str, plgpu.BlockSpec], step: Any, context: Any) -> Any:
     return plgpu.emit_pipeline_warp_specialized(
         step,
         grid=(plan.steps,),
@@ -264,7 +302,7 @@ def _pipeline(plan: _Plan, specs: dict[str, plgpu.BlockSpec], step: Any, context
 
 
 def _compute_tile(
-    plan: _Plan, split: jax.Array, refs: dict[str, Any], target: Any, out_smem: Any, allocations: Any
+    plan: Plan, split: jax.Array, refs: dict[str, Any], target: Any, out_smem: Any, allocations: Any
 ) -> None:
     """One tile of the result: `refs` in global memory, narrowed to its outputs and rows."""
     hopper, shape = plan.hopper, (plan.mma_outputs, plan.tiles.rows)
@@ -278,7 +316,7 @@ def _compute_tile(
 
     def finish(total: jax.Array) -> None:
         total = total.astype(jnp.float32)
-        if not plan.in_groups:
+        if not plan.in_groups and not plan.dense:
             scales = hopper.load(refs["s"].at[0, own], _ROWS, optimized=False).astype(jnp.float32)
             total = total * lax.broadcast_in_dim(scales, shape, [0])
             if not plan.weight_only:
@@ -308,11 +346,12 @@ def _compute_tile(
     _pipeline(plan, specs, step, context)(*(refs[name] for name in specs), allocations=allocations)
 
 
-def _step(plan: _Plan, buffers: dict[str, Any], own: Any, total: Any) -> Any:
+def _step(plan: Plan, buffers: dict[str, Any], own: Any, total: Any) -> Any:
     """One step along K of one warpgroup: `total`, a value or the accumulator, plus the step's products."""
     hopper, activations = plan.hopper, buffers["x"].transpose((1, 0))
     if not plan.in_groups and not plan.weight_only:
-        plgpu.wgmma(total, buffers["w"].at[own], activations)
+        weights = buffers["w"].at[:, own].transpose((1, 0)) if plan.dense else buffers["w"].at[own]
+        plgpu.wgmma(total, weights, activations)
         plgpu.wgmma_wait(0)
         return total
     if not plan.in_groups:
@@ -326,7 +365,7 @@ def _step(plan: _Plan, buffers: dict[str, Any], own: Any, total: Any) -> Any:
     return total
 
 
-def _group_product(plan: _Plan, buffers: dict[str, Any], own: Any, index: int, weights: jax.Array | None) -> jax.Array:
+def _group_product(plan: Plan, buffers: dict[str, Any], own: Any, index: int, weights: jax.Array | None) -> jax.Array:
     """The scaled product of one group, or of the part of it that a step covers: the step's `index`-th."""
     hopper, shape = plan.hopper, (plan.mma_outputs, plan.tiles.rows)
     activations = buffers["x"].transpose((1, 0))
@@ -344,5 +383,5 @@ def _group_product(plan: _Plan, buffers: dict[str, Any], own: Any, index: int, w
     return hopper.dot_registers(chunk, activations.at[part], shape) * scales
 
 
-def _accumulator_dtype(plan: _Plan) -> Any:
+def _accumulator_dtype(plan: Plan) -> Any:
     return jnp.int32 if plan.dtype == "int8" else jnp.float32

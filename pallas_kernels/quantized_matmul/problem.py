@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantized_matmul.weight import QuantizedWeight
+from pallas_kernels.quantized_matmul.weight import DENSE, KINDS, Kind, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class QuantizedMatmulProblem:
 
     Attributes:
         m, k, n: rows, inputs, outputs.
-        kind: key of `weight.KINDS`.
+        kind: key of `weight.KINDS`; `weight.DENSE` in products of `grouped_matmul`.
         group_size: inputs that share a scale; -1 = all.
         zero_points: whether the weight has them.
         dtype: of activations. out_dtype: of the result. scale_dtype: of the weight's scales.
@@ -32,6 +32,16 @@ class QuantizedMatmulProblem:
     dtype: str
     out_dtype: str
     scale_dtype: str
+
+    @property
+    def rule(self) -> Kind:
+        """What the kind means."""
+        return Kind(self.dtype, 16, 0.0) if self.kind == DENSE else KINDS[self.kind]
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether products are scaled step by step along K."""
+        return self.group_size > 0 or self.zero_points
 
 
 def problem_of(x: jax.Array, weight: QuantizedWeight, out_dtype: Any = None) -> QuantizedMatmulProblem:

@@ -47,6 +47,7 @@ KINDS: dict[str, Kind] = {
     "w8a8": Kind("int8", 8, 127.0, "int8"),
     "w8a8_fp8": Kind("float8_e4m3fn", 8, 448.0, "float8_e4m3fn"),
 }
+DENSE = "dense"  # in the place of a kind: weights that are not packed
 GROUP_SIZES = (-1, 32, 64, 128)
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
