@@ -7,6 +7,7 @@ from itertools import product
 
 from pallas_kernels.grouped_matmul.problem import GroupedMatmulProblem
 from pallas_kernels.quantized_matmul.config import TileConfig, with_stages
+from pallas_kernels.quantized_matmul.weight import DENSE
 
 OP_NAME = "grouped_matmul"
 
@@ -24,10 +25,15 @@ def key(problem: GroupedMatmulProblem) -> str:
 def heuristic(problem: GroupedMatmulProblem) -> TileConfig:
     """A guess: tiles of rows about as large as an expert's share, which is all that a tile can use."""
     each = problem.product
+    rows = _rows(problem)
     inputs = 128 if each.k % 128 == 0 else 64
     if each.rule.activations is not None and each.group_size > 0:
         inputs = min(inputs, each.group_size)
-    return with_stages(TileConfig(_rows(problem), 128, inputs, 1), each)
+    packed = each.kind != DENSE and each.rule.activations is None
+    scale_weights = packed and each.in_groups and rows == 128 and each.dtype == "bfloat16"
+    if packed and not scale_weights and 0 < each.group_size < inputs:
+        rows = min(rows, 64)  # products that are scaled one by one need twice the registers
+    return with_stages(TileConfig(rows, 128, inputs, 1, 1, scale_weights), each)
 
 
 def _rows(problem: GroupedMatmulProblem) -> int:

@@ -31,6 +31,8 @@ class TileConfig:
         inputs: of one step along K.
         stages: steps in flight.
         splits: parts of K that different blocks sum, added up afterwards.
+        scale_weights: of groups, whether their scales multiply the weights, rounded to bfloat16, and not the float32
+            products: fewer operations once a tile has more rows than a group has inputs, and half the registers.
     """
 
     rows: int
@@ -38,6 +40,7 @@ class TileConfig:
     inputs: int
     stages: int
     splits: int = 1
+    scale_weights: bool = False
 
     def refuses(self, problem: QuantizedMatmulProblem) -> str | None:
         """None, or the reason why these tiles cannot run the problem."""
@@ -50,7 +53,10 @@ class TileConfig:
             return f"groups of {group} do not align with steps of {self.inputs} in {self.splits} splits"
         if problem.rule.activations is not None and 0 < group < self.inputs:
             return f"groups of {group} are shorter than a step of {self.inputs}"
-        sums = self.rows * self.outputs // WARPGROUPS // 128 * (2 if problem.in_groups else 1)
+        if self.scale_weights and (not problem.in_groups or problem.rule.activations or problem.dtype != "bfloat16"):
+            return "only bfloat16 activations meet weights that are scaled by groups"
+        twice = problem.in_groups and not self.scale_weights  # a group's own, and all
+        sums = self.rows * self.outputs // WARPGROUPS // 128 * (2 if twice else 1)
         if sums > _ACCUMULATORS:
             return f"{sums} registers a thread for sums, more than {_ACCUMULATORS}"
         if self.size_bytes(problem) > SMEM_LIMIT:
@@ -87,19 +93,19 @@ def heuristic(problem: QuantizedMatmulProblem, device: Device) -> TileConfig:
     """
     both_narrow = problem.rule.activations is not None
     rows = min(max(8, 1 << (problem.m - 1).bit_length()), 128)
-    row_tiles, outputs = -(-problem.m // rows), 128
-    if (
-        both_narrow
-        and not problem.in_groups
-        and problem.n % 256 == 0
-        and row_tiles * problem.n >= 256 * device.num_cores
-    ):
-        outputs = 256  # enough tiles for all cores, and room for their sums
     inputs = 128 if problem.k % 128 == 0 else 64
     if both_narrow and problem.group_size > 0:
         inputs = min(inputs, problem.group_size)
+    scale_weights = rows == 128 and problem.in_groups and not both_narrow and problem.dtype == "bfloat16"
+    products = problem.in_groups and not scale_weights  # scaled one by one: twice the registers
+    if products and 0 < problem.group_size < inputs:
+        rows = min(rows, 64)
+    row_tiles, outputs = -(-problem.m // rows), 128
+    if rows == 128 and not products and problem.n % 256 == 0 and row_tiles * problem.n >= 256 * device.num_cores:
+        outputs = 256  # enough tiles for all cores, and room for their sums
+        inputs = inputs if both_narrow else 64
     splits = _splits(problem, problem.n // outputs * row_tiles, inputs, device.num_cores)
-    return with_stages(TileConfig(rows, outputs, inputs, 1, splits), problem)
+    return with_stages(TileConfig(rows, outputs, inputs, 1, splits, scale_weights), problem)
 
 
 def with_stages(tiles: TileConfig, problem: QuantizedMatmulProblem) -> TileConfig:
@@ -126,10 +132,10 @@ def _splits(problem: QuantizedMatmulProblem, blocks: int, inputs: int, num_cores
 def search_space(problem: QuantizedMatmulProblem) -> Iterator[TileConfig]:
     """What the tuner tries."""
     most = max(8, 1 << (problem.m - 1).bit_length())
-    space = product((8, 16, 32, 64, 128), (128, 256), (64, 128, 256), (2, 3, 4, 6, 8), (1, 2, 4, 8))
-    for rows, outputs, inputs, stages, splits in space:
-        config = TileConfig(rows, outputs, inputs, stages, splits)
-        if rows > most or (rows < 64 and rows < most) or (splits > 1 and most > 128):
+    sizes = ((8, 16, 32, 64, 128), (128, 256), (64, 128, 256), (2, 3, 4, 6, 8), (1, 2, 4, 8), (False, True))
+    for rows, outputs, inputs, stages, splits, scale_weights in product(*sizes):
+        config = TileConfig(rows, outputs, inputs, stages, splits, scale_weights)
+        if rows > most or (rows < 64 and rows < most) or (splits > 1 and most > 128) or (scale_weights and rows < 64):
             continue
         if stages <= problem.k // inputs // splits and config.refuses(problem) is None:
             yield config

@@ -10,8 +10,8 @@ A block is two warpgroups that compute and one that copies; it walks over tiles 
 along K the copying warpgroup brings a tile of packed weights, one of activations and, with groups, the step's scales.
 
 - Weights alone narrow: read packed into registers, converted there, multiplied from registers. Zero points are
-  subtracted there, exactly. Scales of groups multiply the group's float32 product, not the weights: nothing is rounded
-  on the way.
+  subtracted there, exactly. Scales of groups multiply the group's float32 product, so that nothing is rounded on the
+  way, or, in tiles of many rows (`scale_weights`), the weights, which are fewer.
 - Both narrow (IGMMA, QGMMA): multiplied as they are, from shared memory. Scales per token and output multiply once at
   the end. With groups, each group's product is scaled and added in float32, which also bounds what the tensor cores'
   accumulator for 8-bit floats loses (it keeps about 14 bits: DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
@@ -162,6 +162,11 @@ class Plan:
     def chunk(self) -> int:
         """Inputs of a step that share scales."""
         return min(self.group, self.tiles.inputs)
+
+    @property
+    def parts(self) -> tuple[slice, ...]:
+        """Of a step's inputs, those that share scales."""
+        return tuple(slice(first, first + self.chunk) for first in range(0, self.tiles.inputs, self.chunk))
 
     @property
     def steps(self) -> int:
@@ -354,11 +359,16 @@ def _step(plan: Plan, buffers: dict[str, Any], own: Any, total: Any) -> Any:
         plgpu.wgmma(total, weights, activations)
         plgpu.wgmma_wait(0)
         return total
-    if not plan.in_groups:
-        total = hopper.add_dot(total, hopper.load_narrow(buffers["w"].at[own], plan.dtype), activations)
+    weights = hopper.load_narrow(buffers["w"].at[own], plan.dtype) if plan.weight_only else None
+    if weights is not None and not plan.in_groups:
+        total = hopper.add_dot(total, weights, activations)
+    elif weights is not None and plan.tiles.scale_weights:
+        for index, part in enumerate(plan.parts):
+            scales = hopper.cast(buffers["s"][index, own].astype(plan.dtype), _ROWS)
+            chunk = _less_zero_points(plan, buffers, own, index, weights[:, part])
+            total = hopper.add_dot(total, chunk * lax.broadcast_in_dim(scales, chunk.shape, [0]), activations.at[part])
     else:
-        weights = hopper.load_narrow(buffers["w"].at[own], plan.dtype) if plan.weight_only else None
-        for index in range(plan.tiles.inputs // plan.chunk):
+        for index in range(len(plan.parts)):
             total = total + _group_product(plan, buffers, own, index, weights)
     # Threads have read the buffers; the copies that will reuse them go through another proxy.
     plgpu.commit_smem()
@@ -375,12 +385,17 @@ def _group_product(plan: Plan, buffers: dict[str, Any], own: Any, index: int, we
         product = hopper.dot(buffers["w"].at[own], activations, shape, _accumulator_dtype(plan)).astype(jnp.float32)
         tokens = hopper.cast(buffers["t"][index], _COLUMNS)
         return product * (scales * lax.broadcast_in_dim(tokens, shape, [1]))
-    part = slice(index * plan.chunk, (index + 1) * plan.chunk)
-    chunk = weights[:, part]
-    if plan.problem.zero_points:
-        zeros = hopper.cast(buffers["z"][index, own].astype(plan.dtype), _ROWS)
-        chunk = chunk - lax.broadcast_in_dim(zeros, chunk.shape, [0])
+    part = plan.parts[index]
+    chunk = _less_zero_points(plan, buffers, own, index, weights[:, part])
     return hopper.dot_registers(chunk, activations.at[part], shape) * scales
+
+
+def _less_zero_points(plan: Plan, buffers: dict[str, Any], own: Any, index: int, chunk: jax.Array) -> jax.Array:
+    """The weights of the step's `index`-th group minus their zero points."""
+    if not plan.problem.zero_points:
+        return chunk
+    zeros = plan.hopper.cast(buffers["z"][index, own].astype(plan.dtype), _ROWS)
+    return chunk - lax.broadcast_in_dim(zeros, chunk.shape, [0])
 
 
 def _accumulator_dtype(plan: Plan) -> Any:

@@ -44,6 +44,15 @@ SIMULATIONS: tuple[Simulation, ...] = (
         Case("int4 g32 zp, four groups a step", 9, 256, 128, "w4a16", 32, zero_points=True, scale_dtype="bfloat16"),
         TileConfig(16, 128, 128, 2),
     ),
+    Simulation(
+        Case("int4 g32 zp, weights scaled", 20, 256, 256, "w4a16", 32, zero_points=True, scale_dtype="bfloat16"),
+        TileConfig(16, 256, 128, 2, scale_weights=True),
+    ),
+    Simulation(
+        Case("int8 g128, weights scaled", 8, 256, 128, "w8a16", 128),
+        TileConfig(8, 128, 64, 2, scale_weights=True),
+        out_dtype="float32",
+    ),
     Simulation(Case("int4 g128, long steps", 5, 512, 128, "w4a16", 128), TileConfig(8, 128, 256, 2), dtype="float16"),
     Simulation(Case("int4, per channel, zp", 4, 256, 128, "w4a16", zero_points=True), TileConfig(8, 128, 128, 2)),
     Simulation(Case("int4, per channel", 4, 256, 128, "w4a16"), TileConfig(8, 128, 128, 2), out_dtype="float32"),
@@ -108,7 +117,8 @@ def error(simulation: Simulation) -> float:
 @pytest.mark.parametrize("simulation", SIMULATIONS, ids=lambda s: s.case.name)
 def test_simulated(simulation: Simulation) -> None:
     assert simulation.tiles.refuses(problem_of(simulation)) is None
-    assert error(simulation) <= TOLERANCE[simulation.out_dtype]
+    tolerance = TOLERANCE["bfloat16" if simulation.tiles.scale_weights else simulation.out_dtype]
+    assert error(simulation) <= tolerance
 
 
 def problem_of(simulation: Simulation) -> QuantizedMatmulProblem:
@@ -170,6 +180,9 @@ def test_supports_refuses(changes: dict[str, object], message: str) -> None:
         (TileConfig(8, 128, 128, 2), {"kind": "w8a8", "group_size": 64}, "shorter than a step"),
         (TileConfig(128, 256, 128, 2), {}, "256 registers"),
         (TileConfig(64, 128, 256, 8), {}, "bytes of shared memory"),
+        (TileConfig(8, 128, 128, 2, scale_weights=True), {"group_size": -1}, "only bfloat16"),
+        (TileConfig(8, 128, 128, 2, scale_weights=True), {"dtype": "float16"}, "only bfloat16"),
+        (TileConfig(8, 128, 128, 2, scale_weights=True), {"kind": "w8a8_fp8"}, "only bfloat16"),
     ],
 )
 def test_tiles_refuse(tiles: TileConfig, changes: dict[str, object], message: str) -> None:
