@@ -108,6 +108,7 @@ def program_of(config: ModelConfig, implementation: str, *, max_num_seqs: int = 
         max_model_len=min(config.max_position_embeddings, 32768),
         block_size=PAGE_SIZE,
         dtype=dtype,
+        kv_dtype=dtype,
     )
     problem = AttentionProblem(
         num_heads=config.num_heads,
