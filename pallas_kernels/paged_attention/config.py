@@ -57,15 +57,25 @@ class AttentionConfig:
         return WARPGROUP_ROWS * self.compute_warpgroups
 
 
+def columns_at_a_time(head_dim: int) -> int:
+    """Columns of values and partial results that are held in registers, or staged, besides the sums."""
+    return head_dim if head_dim <= 128 else 64
+
+
+def needs_all_registers(problem: AttentionProblem) -> bool:
+    """Whether the sums of 64 rows leave no registers for a second compute warpgroup."""
+    return problem.head_dim > 128
+
+
 def smem_bytes(config: AttentionConfig, problem: AttentionProblem) -> int:
     """Shared memory that the kernel takes, from above."""
     dim, block, stages = problem.head_dim, config.kv_block, config.stages
     wide, narrow = bits_of(problem.dtype) // 8, bits_of(problem.kv_dtype) // 8
     buffers = [2 * stages * block * dim * narrow, config.query_buffers * config.tile_rows * dim * wide]
     if problem.kv_dtype in QUANTIZED:
-        buffers += [2 * block * dim * wide, stages * block * 4, stages * block * 4, block * 4, block * 4]
+        buffers += [2 * block * dim * wide, *(stages * block // problem.page_size * 128, block * 4) * 2]
     if config.max_splits > 1:
-        buffers += [WARPGROUP_ROWS * dim * 4, WARPGROUP_ROWS * 4]
+        buffers += [WARPGROUP_ROWS * columns_at_a_time(dim) * 4, WARPGROUP_ROWS * 4]
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in buffers) + RESERVED_BYTES
 
 
@@ -86,7 +96,7 @@ def heuristic(problem: AttentionProblem, num_tokens: int) -> AttentionConfig:
     """
     config = AttentionConfig(
         stages=6,
-        compute_warpgroups=1 if num_tokens <= FEW_TOKENS else 2,
+        compute_warpgroups=1 if num_tokens <= FEW_TOKENS or needs_all_registers(problem) else 2,
         max_splits=min(32, max(4, 64 // problem.num_kv_heads)),
     )
     while smem_bytes(config, problem) > SMEM_LIMIT and config.stages > 2:
@@ -102,7 +112,7 @@ def search_space(problem: AttentionProblem, num_tokens: int) -> Iterator[Attenti
     """
     base = heuristic(problem, num_tokens)
     yield base
-    for warpgroups in (1, 2):
+    for warpgroups in (1,) if needs_all_registers(problem) else (1, 2):
         for buffers in (1, 2):
             for stages in (2, 3, 4, 6):
                 config = replace(base, compute_warpgroups=warpgroups, query_buffers=buffers, stages=stages)

@@ -49,10 +49,11 @@ def _layout(case: Case, kv_dtype: str) -> KVLayout:
 
 
 def _arguments(case: Case, kv_dtype: str) -> tuple[Any, ...]:
-    layout, shape = _layout(case, kv_dtype), jax.ShapeDtypeStruct
+    layout = _layout(case, kv_dtype)
+    shape: Any = jax.ShapeDtypeStruct
     seqs = case.padded_seqs
     width = case.max_blocks or max(-(-context // case.page_size) for context in case.context_lens)
-    int32 = partial(shape, dtype=jnp.int32)
+    int32: Any = partial(shape, dtype=jnp.int32)
     return (
         shape((case.padded_tokens, case.num_heads, case.head_dim), DTYPE),
         Pages(shape(layout.shape, kv_dtype), shape(layout.shape[:4], jnp.float32) if layout.is_quantized else None),

@@ -44,6 +44,8 @@ COLUMNS = 12
         "row_token",
         "row_head",
         "token_row",
+        "token_item",
+        "token_in_tile",
         "token_partial",
         "token_stride",
         "token_splits",
@@ -66,6 +68,8 @@ class Plan:
         tables: int32[S, B].
         row_token, row_head: int32[R], token and head (within its group) of each packed row.
         token_row: int32[T], packed row of each token's first head.
+        token_item, token_in_tile: int32[T], its sequence's first item, and the row of its first head in a tile that is
+            split.
         token_partial, token_stride, token_splits: int32[T], row of its first partial result, rows from one split's to
             the next's, number of splits; 0 splits: the result is final.
         token_first: int32[T], position of the sequence's first new token.
@@ -81,6 +85,8 @@ class Plan:
     row_token: jax.Array
     row_head: jax.Array
     token_row: jax.Array
+    token_item: jax.Array
+    token_in_tile: jax.Array
     token_partial: jax.Array
     token_stride: jax.Array
     token_splits: jax.Array
@@ -177,6 +183,8 @@ def make_plan(batch: RaggedBatch, num_tokens: int, problem: AttentionProblem, co
         row_token=jnp.minimum(batch.query_start[row_seq] + row_local // group, num_tokens - 1),
         row_head=row_local % group,
         token_row=row_start[token_seq] + in_seq * group,
+        token_item=item_start[token_seq],
+        token_in_tile=in_seq * group,
         token_partial=partial_start[token_seq] + in_seq * group,
         token_stride=padded[token_seq],
         token_splits=jnp.where(is_split, splits, 0)[token_seq],

@@ -16,8 +16,9 @@ to 0, because 0 * NaN would poison a product of matrices. Table entries beyond t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,17 +42,26 @@ from pallas_kernels.mosaic import (
     swizzle_of,
 )
 from pallas_kernels.paged_attention import mosaic_plan as columns
-from pallas_kernels.paged_attention.config import WARPGROUP_ROWS, AttentionConfig, heuristic, resolve, smem_bytes
+from pallas_kernels.paged_attention.config import (
+    WARPGROUP_ROWS,
+    AttentionConfig,
+    columns_at_a_time,
+    heuristic,
+    resolve,
+    smem_bytes,
+)
 from pallas_kernels.paged_attention.mosaic_plan import Plan, make_plan
 from pallas_kernels.paged_attention.problem import AttentionProblem
 from pallas_kernels.ragged import RaggedBatch
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (16, 32)
-SIMULATED_CTAS = 2
+SIMULATED_WARPGROUPS = 4  # of all blocks: the simulator's threads share a pool of few, and starve each other
+SCALE_LINE = 32  # float32 of 128 bytes
+WIDE_COLUMNS = 128  # of narrow keys and values that are widened at a time
 # Registers per thread of (compute, widener, loader); warpgroups share 512.
-REGISTERS = {1: (232, 160, 40), 2: (184, 104, 40)}
-REGISTERS_16_BIT = (232, 0, 40)
+REGISTERS = {1: (240, 160, 40), 2: (184, 104, 40)}
+REGISTERS_16_BIT = (240, 0, 32)
 
 
 def supports(problem: AttentionProblem) -> str | None:
@@ -68,6 +78,8 @@ def supports(problem: AttentionProblem) -> str | None:
         return f"page size {problem.page_size} is none of {PAGE_SIZES}"
     if swizzle_of(problem.head_dim, problem.kv_dtype) is None:
         return f"rows of {problem.head_dim} {problem.kv_dtype} have no swizzled layout in shared memory"
+    if problem.kv_dtype in QUANTIZED and problem.head_dim > 128:
+        return f"sums of {problem.head_dim} columns leave no registers to widen {problem.kv_dtype} pages"
     for num_tokens in (1, 1 << 20):
         needed = smem_bytes(heuristic(problem, num_tokens), problem)
         if needed > SMEM_LIMIT:
@@ -95,13 +107,13 @@ class Refs(NamedTuple):
     v_clean: Any = None  # two warpgroups: the first has cleaned the values
     sinks: Any = None  # float32[K, G + 64 W], periodic
     partial: Any = None  # float32[X, K, D]
-    lse: Any = None  # float32[K, X], base 2
-    partial_smem: Any = None  # float32[64, D]
+    lse: Any = None  # float32[K, I * 64], base 2
+    partial_smem: Any = None  # float32[64, columns]
     lse_smem: Any = None  # float32[64]
     scales: Any = None  # float32[N*2*K, P], and all that follows: quantized pages
     narrow_k: Any = None  # [stages, C, D]
     narrow_v: Any = None
-    narrow_k_scale: Any = None  # float32[stages, C]
+    narrow_k_scale: Any = None  # float32[stages, pages of a block, 32]
     narrow_v_scale: Any = None
     k_scale: Any = None  # float32[1, C]
     v_scale: Any = None
@@ -157,6 +169,11 @@ class Kernel:
     def wide_stages(self) -> int:
         """Slots of keys and values that wgmma reads."""
         return 1 if self.is_quantized else self.config.stages
+
+    @property
+    def step_keys(self) -> int:
+        """Keys whose scores are in registers at a time: half a block beside the sums of a wide head."""
+        return self.config.kv_block if self.problem.head_dim <= 128 else self.config.kv_block // 2
 
     @property
     def num_warpgroups(self) -> int:
@@ -243,7 +260,8 @@ class Kernel:
                         part = pl.ds(j * size, size)
                         plgpu.copy_gmem_to_smem(refs.pages.at[tile], smem.at[slot, part], full.at[slot])
                         if self.is_quantized:
-                            plgpu.copy_gmem_to_smem(refs.scales.at[tile], scale_smem.at[slot, part], full.at[slot])
+                            line = scale_smem.at[slot, j, pl.ds(0, size)]
+                            plgpu.copy_gmem_to_smem(refs.scales.at[tile], line, full.at[slot])
                 return following
 
             lax.fori_loop(task.low, task.high, one, pages_of(task.low))
@@ -263,8 +281,7 @@ class Kernel:
 
     def widen(self, refs: Refs) -> None:
         """Turn quantized keys and values into queries' dtype. Scales stay apart: stored numbers are exact so."""
-        block_size, stages = self.config.kv_block, self.config.stages
-        shape = (block_size, self.problem.head_dim)
+        block_size, stages, size = self.config.kv_block, self.config.stages, self.problem.page_size
 
         def run(turn: jax.Array, task: Task, before: jax.Array) -> None:
             del turn
@@ -296,23 +313,27 @@ class Kernel:
                     ),
                 ):
                     plgpu.barrier_wait(narrow_full.at[slot])
-                    numbers = self.ops.load_narrow(narrow.at[slot], self.problem.dtype)
-                    factors = self.ops.load(narrow_scale.at[slot], plgpu.Layout.WGMMA.reduce(0))
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(narrow_free.at[slot])
-                    if wide is refs.v_smem:
-                        row = self.ops.iota(shape, 0)
-                        numbers = jnp.where(row < known, numbers, jnp.zeros(shape, numbers.dtype))
-                        column = self.ops.iota((block_size,), 0, plgpu.Layout.WGMMA.reduce(0))
-                        factors = jnp.where(column < known, factors, 0.0)
 
                     @pl.when(number >= 1)
                     def _wait(free: Any = free) -> None:
                         plgpu.barrier_wait(free.at[0])
 
-                    wide[0] = numbers
-                    scale[0] = factors
+                    for column in range(0, self.problem.head_dim, WIDE_COLUMNS):
+                        part = pl.ds(column, min(WIDE_COLUMNS, self.problem.head_dim))
+                        numbers = self.ops.load_narrow(narrow.at[slot, :, part], self.problem.dtype)
+                        if wide is refs.v_smem:
+                            row = self.ops.iota(numbers.shape, 0)
+                            numbers = jnp.where(row < known, numbers, jnp.zeros(numbers.shape, numbers.dtype))
+                        wide[0, :, part] = numbers
+                    for page in range(self.block_pages):
+                        line = narrow_scale.at[slot, page, pl.ds(0, size)]
+                        factors = self.ops.load(line, plgpu.Layout.WGMMA.reduce(0))
+                        if wide is refs.v_smem:
+                            key = self.ops.iota((size,), 0, plgpu.Layout.WGMMA.reduce(0)) + page * size
+                            factors = jnp.where(key < known, factors, 0.0)
+                        scale[0, pl.ds(page * size, size)] = factors
                     plgpu.commit_smem()
+                    plgpu.barrier_arrive(narrow_free.at[slot])
                     plgpu.barrier_arrive(full.at[0])
                 return carry
 
@@ -452,61 +473,81 @@ class Kernel:
         masked: bool,
     ) -> tuple:
         """One block of keys and values: scores, online softmax, weighted values."""
-        ops, block_size = self.ops, self.config.kv_block
-        acc, top, total = carry
-        shape = (WARPGROUP_ROWS, block_size)
         slot = lax.rem(before + block - task.low, i32(self.wide_stages))
         plgpu.barrier_wait(refs.k_full.at[slot])
-        scores = ops.dot(queries, refs.k_smem.at[slot].transpose((1, 0)), shape)
-        factors = None
-        if self.is_quantized:
-            factors = ops.load(refs.k_scale.at[slot], plgpu.Layout.WGMMA.reduce(0))
-        plgpu.barrier_arrive(refs.k_free.at[slot])
-        factor = self.scale if self.soft_cap is not None else self.scale * LOG2E
-        if factors is not None:
-            scores = scores * lax.broadcast_in_dim(factors * factor, shape, [1])
-            factor = 1.0
-        if self.soft_cap is not None:
-            # tanh by exp2, to the last bits: the hardware's tanh is good to 11 bits, and the cap multiplies its error.
-            grown = jnp.exp2(scores * (factor * 2.0 * LOG2E / self.soft_cap))
-            scores = (1.0 - 2.0 / (grown + 1.0)) * (self.soft_cap * LOG2E)
-            factor = 1.0
-        if masked:
-            key = ops.iota(shape, 1) + block * block_size
-            row = ops.iota(shape, 0) + offset
-            at = refs.items[task.item, columns.POSITION] + lax.div(row, jnp.full(shape, self.group, jnp.int32))
-            visible = key <= at
-            if self.window is not None:
-                visible &= key > at - self.window
-            # Scaled first: a fused multiply-add of a masked score would leave its rounding error, which is huge.
-            scores = jnp.where(visible, scores * factor, MASKED)
-            factor = 1.0
-        new_top = jnp.maximum(top, scores.max(axis=1) * factor)
-        shrink = jnp.exp2(top - new_top)
-        weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_top, shape, [0]))
-        total = total * shrink + weights.sum(axis=1)
-        acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-        plgpu.barrier_wait(refs.v_full.at[slot])
-        if self.is_quantized:
-            factors = ops.load(refs.v_scale.at[slot], plgpu.Layout.WGMMA.reduce(0))
-            weights = weights * lax.broadcast_in_dim(factors, shape, [1])
-        elif masked:
-            self._clean_values(refs, task, warpgroup, block, slot)
-        acc = ops.add_dot(acc, weights.astype(self.problem.dtype), refs.v_smem.at[slot])
+        for first in range(0, self.config.kv_block, self.step_keys):
+            keys = pl.ds(first, self.step_keys)
+            acc, top, total = carry
+            scores = self._scores(refs, queries, slot, keys)
+            if first + self.step_keys == self.config.kv_block:
+                plgpu.barrier_arrive(refs.k_free.at[slot])
+            factor = 1.0 if self.is_quantized else self.scale * LOG2E
+            if self.soft_cap is not None:
+                scores, factor = self._capped(scores, factor), 1.0
+            if masked:
+                # Scaled first: a fused multiply-add of a masked score would leave its rounding error, which is huge.
+                visible = self._visible(refs, task, offset, block * self.config.kv_block + first)
+                scores, factor = jnp.where(visible, scores * factor, MASKED), 1.0
+            new_top = jnp.maximum(top, scores.max(axis=1) * factor)
+            shrink = jnp.exp2(top - new_top)
+            weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_top, scores.shape, [0]))
+            total = total * shrink + weights.sum(axis=1)
+            acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
+            if first == 0:
+                plgpu.barrier_wait(refs.v_full.at[slot])
+                if masked and not self.is_quantized:
+                    self._clean_values(refs, task, warpgroup, block, slot)
+            if self.is_quantized:
+                factors = self.ops.load(refs.v_scale.at[slot, keys], plgpu.Layout.WGMMA.reduce(0))
+                weights = weights * lax.broadcast_in_dim(factors, weights.shape, [1])
+            acc = self.ops.add_dot(acc, weights.astype(self.problem.dtype), refs.v_smem.at[slot, keys])
+            carry = acc, new_top, total
         plgpu.barrier_arrive(refs.v_free.at[slot])
-        return acc, new_top, total
+        return carry
+
+    def _scores(self, refs: Refs, queries: Any, slot: jax.Array, keys: Any) -> jax.Array:
+        """float32[64, keys]: products, unscaled; of quantized keys scaled, base 2."""
+        shape = (WARPGROUP_ROWS, self.step_keys)
+        scores = self.ops.dot(queries, refs.k_smem.at[slot, keys].transpose((1, 0)), shape)
+        if not self.is_quantized:
+            return scores
+        factors = self.ops.load(refs.k_scale.at[slot, keys], plgpu.Layout.WGMMA.reduce(0))
+        return scores * lax.broadcast_in_dim(factors * (self.scale * LOG2E), shape, [1])
+
+    def _capped(self, scores: jax.Array, factor: float) -> jax.Array:
+        """`cap * tanh(score / cap)`, base 2.
+
+        By exp2, whose error is in the last bits: the hardware's tanh is good to 11 bits, and the cap multiplies that.
+        """
+        assert self.soft_cap is not None
+        grown = jnp.exp2(scores * (factor * 2.0 / self.soft_cap))  # e^(2 score / cap)
+        return (1.0 - 2.0 / (grown + 1.0)) * (self.soft_cap * LOG2E)
+
+    def _visible(self, refs: Refs, task: Task, offset: jax.Array, first_key: jax.Array) -> jax.Array:
+        """bool[64, keys]: what each row may see."""
+        shape = (WARPGROUP_ROWS, self.step_keys)
+        key = self.ops.iota(shape, 1) + first_key
+        row = self.ops.iota(shape, 0) + offset
+        position = refs.items[task.item, columns.POSITION] + lax.div(row, jnp.full(shape, self.group, jnp.int32))
+        visible = key <= position
+        if self.window is not None:
+            visible &= key > position - self.window
+        return visible
 
     def _clean_values(self, refs: Refs, task: Task, warpgroup: jax.Array, block: jax.Array, slot: jax.Array) -> None:
         """Zero the values beyond the context, in the one block that has such."""
-        shape = (self.config.kv_block, self.problem.head_dim)
+        width = columns_at_a_time(self.problem.head_dim)
+        shape = (self.config.kv_block, width)
         known = task.context - block * self.config.kv_block
 
         @pl.when(known < self.config.kv_block)
         def _() -> None:
             def clean() -> None:
-                values = self.ops.load(refs.v_smem.at[slot], plgpu.Layout.WGMMA)
-                values = jnp.where(self.ops.iota(shape, 0) < known, values, jnp.zeros(shape, values.dtype))
-                refs.v_smem[slot] = values
+                for column in range(0, self.problem.head_dim, width):
+                    part = pl.ds(column, width)
+                    values = self.ops.load(refs.v_smem.at[slot, :, part], plgpu.Layout.WGMMA)
+                    values = jnp.where(self.ops.iota(shape, 0) < known, values, jnp.zeros(shape, values.dtype))
+                    refs.v_smem[slot, :, part] = values
                 plgpu.commit_smem()
 
             if refs.v_clean is None:
@@ -533,17 +574,26 @@ class Kernel:
         self._copy_rows(rows, copy)
 
     def _write_partial(self, refs: Refs, task: Task, rows: jax.Array, result: jax.Array, lse: jax.Array) -> None:
-        refs.partial_smem[...] = result
+        # Whole, to 64 numbers of the item's own: TMA reads from multiples of 128 bytes on, so not from any eighth row.
         refs.lse_smem[...] = lse
         plgpu.commit_smem()
+        own = pl.ds(task.item * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        plgpu.copy_smem_to_gmem(refs.lse_smem, refs.lse.at[task.head, own])
         row = refs.items[task.item, columns.PARTIAL]
+        width = columns_at_a_time(self.problem.head_dim)
+        for column in range(0, self.problem.head_dim, width):
+            if column:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            refs.partial_smem[...] = result[:, column : column + width]
+            plgpu.commit_smem()
 
-        def copy(first: int, size: int) -> None:
-            source, target = pl.ds(first, size), _eights(row + first, size)
-            plgpu.copy_smem_to_gmem(refs.partial_smem.at[source], refs.partial.at[target, task.head])
-            plgpu.copy_smem_to_gmem(refs.lse_smem.at[source], refs.lse.at[task.head, target])
+            def copy(first: int, size: int, column: int = column) -> None:
+                source, target = pl.ds(first, size), _eights(row + first, size)
+                plgpu.copy_smem_to_gmem(
+                    refs.partial_smem.at[source], refs.partial.at[target, task.head, pl.ds(column, width)]
+                )
 
-        self._copy_rows(rows, copy)
+            self._copy_rows(rows, copy)
 
     def _copy_rows(self, rows: jax.Array, copy: Callable[[int, int], None]) -> None:
         """`copy(first, size)` of all 64 rows, or of the eights that have rows: what follows belongs to other tiles."""
@@ -594,7 +644,12 @@ class Kernel:
         kinds: dict[str, Any] = {
             "q_smem": plgpu.SMEM((query_slots, WARPGROUP_ROWS, dim), dtype, transforms=transforms),
             "k_smem": plgpu.SMEM((wide, block, dim), dtype, transforms=transforms),
-            "v_smem": plgpu.SMEM((wide, block, dim), dtype, transforms=transforms),
+            # A product sums over as many keys at a time as its swizzle has columns.
+            "v_smem": plgpu.SMEM(
+                (wide, block, dim),
+                dtype,
+                transforms=mma_transforms(min(dim, self.step_keys), dtype) if self.step_keys < block else transforms,
+            ),
             "q_full": plgpu.Barrier(num_barriers=query_slots),
             "k_full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=wide),
             "v_full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=wide),
@@ -604,8 +659,9 @@ class Kernel:
         if computing > 1 and not self.is_quantized:
             kinds["v_clean"] = plgpu.Barrier()
         if self.splits:
+            width = columns_at_a_time(dim)
             kinds["partial_smem"] = plgpu.SMEM(
-                (WARPGROUP_ROWS, dim), jnp.float32, transforms=mma_transforms(dim, jnp.float32)
+                (WARPGROUP_ROWS, width), jnp.float32, transforms=mma_transforms(width, jnp.float32)
             )
             kinds["lse_smem"] = plgpu.SMEM((WARPGROUP_ROWS,), jnp.float32)
         if self.is_quantized:
@@ -613,7 +669,8 @@ class Kernel:
             for name in ("k", "v"):
                 kinds |= {
                     f"narrow_{name}": plgpu.SMEM((stages, block, dim), self.problem.kv_dtype, transforms=narrow),
-                    f"narrow_{name}_scale": plgpu.SMEM((stages, block), jnp.float32),
+                    # Each page's scales in a line of their own: TMA writes from multiples of 128 bytes on.
+                    f"narrow_{name}_scale": plgpu.SMEM((stages, self.block_pages, SCALE_LINE), jnp.float32),
                     f"{name}_scale": plgpu.SMEM((1, block), jnp.float32),
                     f"narrow_{name}_full": plgpu.Barrier(num_arrivals=2 * self.block_pages, num_barriers=stages),
                     f"narrow_{name}_free": plgpu.Barrier(num_barriers=stages),
@@ -628,7 +685,7 @@ class Kernel:
             sinks: [H] or None.
 
         Returns:
-            [R, K, D] final results, and if contexts are split float32[X, K, D] partial ones and float32[K, X] the
+            [R, K, D] final results, and if contexts are split float32[X, K, D] partial ones and float32[K, I * 64] the
             logarithms (base 2) of their sums. Rows that no item has are not written.
         """
         data = pages.data
@@ -649,7 +706,7 @@ class Kernel:
         if self.splits:
             kv_heads, dim = q.shape[1:]
             outputs["partial"] = jax.ShapeDtypeStruct((plan.partial_rows, kv_heads, dim), jnp.float32)
-            outputs["lse"] = jax.ShapeDtypeStruct((kv_heads, plan.partial_rows), jnp.float32)
+            outputs["lse"] = jax.ShapeDtypeStruct((kv_heads, plan.items.shape[0] * WARPGROUP_ROWS), jnp.float32)
         scratch = self.scratch()
         names = (*inputs, *outputs, *scratch)
 
@@ -672,21 +729,31 @@ class Kernel:
 
 
 def _combine(partials: jax.Array, lse: jax.Array, plan: Plan, window: int | None, group: int) -> jax.Array:
-    """float32[T, K, G, D]: the splits of each row, weighted, in their order."""
-    split = jnp.arange(plan.max_splits, dtype=jnp.int32)
-    used = split < plan.token_splits[:, None]
-    if window is not None:  # splits before the window were not written
+    """float32[T, K, G, D]: the splits of each row, weighted, one after the other.
+
+    Sums are written out: a reduction's order would be XLA's choice, anew for every shape of a step. Splits that a row
+    lacks read its last one again, which lies in the cache.
+    """
+    if window is None:
+        first = jnp.zeros_like(plan.token_first)
+    else:  # splits before the window were not written
         first = jnp.maximum(plan.token_first - (window - 1), 0) // (plan.split_blocks * plan.config.kv_block)
-        used &= split >= first[:, None]
-    row = plan.token_partial[:, None] + split * plan.token_stride[:, None]
-    row = jnp.where(
-        used, row, plan.token_partial[:, None] + (plan.token_splits[:, None] - 1) * plan.token_stride[:, None]
-    )
-    row = jnp.maximum(row, 0)[:, :, None] + jnp.arange(group, dtype=jnp.int32)  # [T, X, G]
-    logs = jnp.where(used[..., None, None], jnp.moveaxis(lse[:, row], 0, -1), -jnp.inf)  # [T, X, G, K]
-    weights = jnp.exp2(logs - logs.max(axis=1, keepdims=True))
-    weights = weights / weights.sum(axis=1, keepdims=True)
-    return jnp.einsum("txgk,txgkd->tkgd", weights, partials[row], precision="highest")
+    last = jnp.maximum(plan.token_splits - 1, 0)
+    heads = jnp.arange(group, dtype=jnp.int32)
+    logs, rows = [], []
+    for split in range(plan.max_splits):
+        there = jnp.clip(split, jnp.minimum(first, last), last)
+        rows.append((plan.token_partial + there * plan.token_stride)[:, None] + heads)  # [T, G]
+        log = ((plan.token_item + there) * WARPGROUP_ROWS + plan.token_in_tile)[:, None] + heads
+        used = (split >= first) & (split <= last)
+        logs.append(jnp.where(used[:, None, None], lse[:, log].transpose(1, 0, 2), MASKED))  # [T, K, G]
+    top = functools.reduce(jnp.maximum, logs)
+    weights = [jnp.exp2(log - top) for log in logs]
+    total = functools.reduce(jnp.add, weights)
+    acc = jnp.zeros((), jnp.float32)
+    for weight, row in zip(weights, rows, strict=True):
+        acc = acc + (weight / total)[..., None] * partials[row].transpose(0, 2, 1, 3)
+    return acc
 
 
 @partial(jax.jit, static_argnames=("kernel",))
@@ -701,7 +768,7 @@ def _run(q: jax.Array, pages: Pages, plan: Plan, sinks: jax.Array | None, *, ker
     row = plan.token_row[:, None, None] + jnp.arange(group, dtype=jnp.int32)
     result = out.reshape(-1, dim)[row * kv_heads + head[:, None]]  # [T, K, G, D]
     if partials:
-        combined = _combine(*partials, plan, kernel.window, group).astype(q.dtype)
+        combined = _combine(partials[0], partials[1], plan, kernel.window, group).astype(q.dtype)
         result = jnp.where((plan.token_splits > 0)[:, None, None, None], combined, result)
     result = jnp.where(plan.live[:, None, None, None], result, 0)
     return result.reshape(num_tokens, heads, dim)
@@ -745,9 +812,11 @@ def run(
         soft_cap=soft_cap,
         has_sinks=sinks is not None,
         splits=plan.max_splits > 1,
-        num_ctas=SIMULATED_CTAS if simulate else current_device().num_cores,
+        num_ctas=current_device().num_cores,
         ops=Hopper(simulate),
     )
+    if simulate:
+        kernel = replace(kernel, num_ctas=max(1, SIMULATED_WARPGROUPS // kernel.num_warpgroups))
     return _run(q, pages, plan, sinks, kernel=kernel)
 
 
