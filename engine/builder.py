@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,9 @@ from engine.scheduling.limits import SchedulerLimits
 from engine.scheduling.scheduler import Scheduler
 from engine.text.tokenizer import Tokenizer
 from models.config import ModelConfig
-from models.decoder import Decoder
-from models.functional import FunctionalModel, Params
+from models.functional import Params
 from models.loading.load import LoadedModel, load_model
 from models.loading.resolver import FetchOptions, ModelFiles, resolve_model, resolve_tokenizer
-from pallas_kernels.kv_layout import KVLayout
-from pallas_kernels.paged_attention import AttentionProblem
 from pallas_kernels.registry import chosen_implementations
 
 logger = logging.getLogger("quire")
@@ -181,42 +178,29 @@ def _size(
     Raises:
         OutOfMemoryError: not even one request of `max_model_len` fits.
     """
-    problem = AttentionProblem(
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        page_size=limits.block_size,
-        dtype=limits.dtype,
-        kv_dtype=limits.kv_dtype,
-        implementation=config.kernels.attention_implementation,
-    )
-    structure = FunctionalModel(lambda: Decoder(model, problem, dtype=limits.dtype))
-    one = KVLayout(1, model.num_kv_heads, limits.block_size, model.head_dim, limits.kv_dtype)
+    smallest = ModelProgram.of(model, limits, 2, config.kernels.attention_implementation)
     useful = limits.max_num_seqs * limits.max_blocks_per_seq
     weights = sum(array.nbytes for array in params.values())
 
-    def ledger_for(temporaries: int, program: ModelProgram) -> MemoryLedger:
+    def ledger_for(temporaries: int) -> MemoryLedger:
         return plan_blocks(
             config.cache,
             limit=memory_limit(config.cache, reserve_gpu_memory(config.cache.gpu_memory_utilization)),
             weights=weights,
             temporaries=temporaries,
-            state=program.state_bytes,
-            block=one.page_bytes * model.num_layers,
+            state=smallest.state_bytes,
+            block=smallest.cache.page_bytes * model.num_layers,
             useful_blocks=useful,
         )
 
-    def program_for(num_blocks: int) -> ModelProgram:
-        return ModelProgram(structure, model, limits, replace(one, num_pages=max(2, num_blocks)))
-
-    guess = ledger_for(0, program_for(1))
+    guess = ledger_for(0)
     require_one_request(guess, max_model_len=limits.max_model_len, block_size=limits.block_size)
-    program = program_for(guess.num_blocks)
+    program = smallest.with_pages(max(2, guess.num_blocks))
     stats = program.lower_forward(program.largest, params).compile().memory_analysis()
     temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    ledger = ledger_for(temporaries, program)
+    ledger = ledger_for(temporaries)
     require_one_request(ledger, max_model_len=limits.max_model_len, block_size=limits.block_size)
-    return ledger, program_for(ledger.num_blocks)
+    return ledger, smallest.with_pages(max(2, ledger.num_blocks))
 
 
 def _scheduler_limits(config: EngineConfig, limits: RuntimeLimits) -> SchedulerLimits:

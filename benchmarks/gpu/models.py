@@ -65,6 +65,18 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "max_position_embeddings": 40960,
         "rope_theta": 1000000.0,
     },
+    "smollm2-135m": _LLAMA
+    | {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+    },
     "tiny-qwen3": _QWEN3
     | {
         "vocab_size": 320,

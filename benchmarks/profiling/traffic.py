@@ -20,12 +20,7 @@ from benchmarks.profiling.hlo import Instruction, parse
 from benchmarks.profiling.trace import Event, options, read
 from engine.builder import BuiltEngine
 from engine.runtime.buckets import Bucket
-from engine.runtime.executables import ModelProgram
 from engine.sampling_params import SamplingParams
-from models.decoder import Decoder
-from models.functional import FunctionalModel
-from pallas_kernels.kv_layout import KVLayout
-from pallas_kernels.paged_attention import AttentionProblem
 
 HOST_PARTS = ("plan", "dispatch", "collect", "commit")
 
@@ -72,31 +67,15 @@ class Observed:
 
 def bucket_of(built: BuiltEngine, situation: Situation) -> Bucket:
     """The static shape that the situation's steps run in."""
-    return _program(built).buckets.choose(situation.tokens_per_step, situation.seqs_per_step)
+    return built.core.executor.program.buckets.choose(situation.tokens_per_step, situation.seqs_per_step)
 
 
 def instructions_of(built: BuiltEngine, bucket: Bucket) -> dict[str, Instruction]:
     """The forward pass of a bucket, compiled once more to read its text."""
-    program = _program(built)
+    program = built.core.executor.program
     shapes = cast(Any, program.model.shapes)  # lowering looks at nothing else
     with _no_compilation_cache(), expected_compiles():
         return parse(program.lower_forward(bucket, shapes).compile().as_text())
-
-
-def _program(built: BuiltEngine) -> ModelProgram:
-    """What the engine's executables were made from, put together again from what it says of itself."""
-    model, limits = built.model, built.limits
-    problem = AttentionProblem(
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        page_size=limits.block_size,
-        dtype=limits.dtype,
-        kv_dtype=limits.kv_dtype,
-    )
-    layout = KVLayout(built.ledger.num_blocks, model.num_kv_heads, limits.block_size, model.head_dim, limits.kv_dtype)
-    structure = FunctionalModel(lambda: Decoder(model, problem, dtype=limits.dtype))
-    return ModelProgram(structure, model, limits, layout)
 
 
 @contextmanager

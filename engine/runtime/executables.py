@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.functional import FunctionalModel, Params
 from pallas_kernels.kv_layout import KVLayout
+from pallas_kernels.paged_attention import AttentionProblem
 
 TABLE_UPDATES = 1024  # block table entries per extra update call
 Compiled = Callable[..., Any]
@@ -48,6 +49,30 @@ class ModelProgram:
     config: ModelConfig
     limits: RuntimeLimits
     cache: KVLayout
+
+    @classmethod
+    def of(cls, config: ModelConfig, limits: RuntimeLimits, num_pages: int, attention: str = "auto") -> ModelProgram:
+        """The program of a model's config.
+
+        Args:
+            num_pages: KV blocks, the null block included.
+            attention: implementation of paged attention.
+        """
+        problem = AttentionProblem(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            page_size=limits.block_size,
+            dtype=limits.dtype,
+            kv_dtype=limits.kv_dtype,
+            implementation=attention,
+        )
+        cache = KVLayout(num_pages, config.num_kv_heads, limits.block_size, config.head_dim, limits.kv_dtype)
+        return cls(FunctionalModel(lambda: Decoder(config, problem, dtype=limits.dtype)), config, limits, cache)
+
+    def with_pages(self, num_pages: int) -> ModelProgram:
+        """The same with another number of KV blocks."""
+        return replace(self, cache=replace(self.cache, num_pages=num_pages))
 
     def make_state(self) -> tuple[ForwardState, SampleState]:
         """Fresh device state."""

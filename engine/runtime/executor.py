@@ -102,7 +102,7 @@ class Executor:
     """Runs steps. One thread drives it."""
 
     def __init__(self, program: ModelProgram, params: Params, executables: Executables) -> None:
-        self._program = program
+        self.program = program
         self._params = params
         self._run = executables
         self._row_params = np.zeros((program.limits.max_num_seqs + 1, WIDTH), np.int32)  # per row of the device state
@@ -113,12 +113,12 @@ class Executor:
         """Make the device state anew, after a step raised and may have lost it. KV blocks and rows start empty."""
         # Free the old state first: two caches may not fit.
         jax.tree.map(lambda array: array.delete(), (self._forward_state, self._sample_state))
-        self._forward_state, self._sample_state = self._program.make_state()
+        self._forward_state, self._sample_state = self.program.make_state()
 
     def dispatch(self, plan: StepPlan) -> InFlightStep:
         """Start one step and return at once."""
-        bucket = self._program.buckets.choose(plan.num_tokens, len(plan.items))
-        layout = self._program.layout(bucket)
+        bucket = self.program.buckets.choose(plan.num_tokens, len(plan.items))
+        layout = self.program.layout(bucket)
         for item in plan.items:
             if item.starts_row:
                 self._start_row(item)
@@ -154,7 +154,7 @@ class Executor:
 
     def _update_tables(self, updates: list[tuple[int, int, int]]) -> None:
         packed = np.zeros((TABLE_UPDATES, UPDATE_WIDTH), np.int32)
-        packed[:, 0] = self._program.limits.max_num_seqs
+        packed[:, 0] = self.program.limits.max_num_seqs
         packed[: len(updates)] = updates
         self._forward_state = self._run.update_tables(self._forward_state, packed)
 
@@ -168,7 +168,7 @@ class Executor:
 
     def _sampling_rows(self, plan: StepPlan, num_seqs: int) -> np.ndarray:
         """int32[S, W]; sequences that do not sample, and padding, carry the padding row."""
-        padding = self._program.limits.max_num_seqs
+        padding = self.program.limits.max_num_seqs
         rows = np.full(num_seqs, padding, np.int32)
         rows[: len(plan.items)] = [item.row if item.samples else padding for item in plan.items]
         block = self._row_params[rows]

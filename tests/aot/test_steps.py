@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.aot_steps import CONFIGS, SHAPES, Step, compile_step, page_bytes
+from benchmarks.aot_steps import MODELS, SHAPES, Step, compile_step, page_bytes
 from pallas_kernels import paged_attention
 from pallas_kernels.aot import compile_for
 from pallas_kernels.aot.report import parse_entry
@@ -57,7 +57,7 @@ def check(step: Step) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("kind", SHAPES)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MODELS)
 def test_step(name: str, kind: str) -> None:
     check(compile_step(name, kind, KERNEL, FEW_LAYERS))
 
@@ -74,7 +74,7 @@ def test_a_copy_of_a_weight_is_seen() -> None:
 @needs_kernel
 @pytest.mark.slow
 def test_step_of_full_depth() -> None:
-    step = compile_step("Llama-3.1-8B", "decode", KERNEL)
+    step = compile_step("llama-3.1-8b", "decode", KERNEL)
     check(step)
     weights = sum(prod(shape.shape) for shape in step.program.model.shapes.values())
     assert 8.0e9 < weights < 8.1e9, "this is not the 8B model"

@@ -315,7 +315,7 @@ def test_a_models_folder_is_its_config(name: str, tmp_path: Path) -> None:
 
 def test_the_large_model_is_llamas_8b() -> None:
     assert LLAMA.body_weights + LLAMA.head_weights == pytest.approx(7.5e9, rel=0.01)
-    assert {*model_names(True), *model_names(False)} == set(CONFIGS)
+    assert {*model_names(True), *model_names(False)} < set(CONFIGS)
 
 
 def test_settings_that_the_engine_refuses_are_not_built_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
