@@ -59,9 +59,17 @@ PAGE_SIZES = (16, 32)
 SIMULATED_WARPGROUPS = 4  # of all blocks: the simulator's threads share a pool of few, and starve each other
 SCALE_LINE = 32  # float32 of 128 bytes
 WIDE_COLUMNS = 128  # of narrow keys and values that are widened at a time
-# Registers per thread of (compute, widener, loader); warpgroups share 512.
-REGISTERS = {1: (240, 160, 40), 2: (184, 104, 40)}
-REGISTERS_16_BIT = (240, 0, 32)
+# Registers per thread of (compute, widener, loader), by the number of compute warpgroups. A block starts with
+# `registers_at_start` for each thread, and what some take others must have given up: a sum beyond that waits forever.
+REGISTERS_QUANTIZED = {1: (240, 160, 40), 2: (184, 104, 40)}
+REGISTERS_16_BIT = {1: (240, 0, 40), 2: (232, 0, 40)}
+REGISTER_FILE = 65536
+WARPGROUP_THREADS = 128
+
+
+def registers_at_start(num_warpgroups: int) -> int:
+    """Registers per thread that the assembler gives a block that fills a core."""
+    return min(240, REGISTER_FILE // (WARPGROUP_THREADS * num_warpgroups) // 8 * 8)
 
 
 def supports(problem: AttentionProblem) -> str | None:
@@ -128,8 +136,8 @@ class Task(NamedTuple):
 
     item: jax.Array
     head: jax.Array
+    position: jax.Array  # of the sequence's first new token
     context: jax.Array
-    first: jax.Array  # position of the tile's first row
     low: jax.Array  # key blocks [low, high) to visit
     high: jax.Array
 
@@ -181,7 +189,7 @@ class Kernel:
 
     @property
     def registers(self) -> tuple[int, int, int]:
-        return REGISTERS[self.config.compute_warpgroups] if self.is_quantized else REGISTERS_16_BIT
+        return (REGISTERS_QUANTIZED if self.is_quantized else REGISTERS_16_BIT)[self.config.compute_warpgroups]
 
     # --- what all roles share -----------------------------------------------------------------------------------
 
@@ -189,15 +197,16 @@ class Kernel:
         """The task of this block of threads' turn. Heads run fastest: neighbours read neighbouring memory."""
         linear = turn * self.num_ctas + lax.axis_index("cta")
         item = lax.div(linear, i32(self.problem.num_kv_heads))
-        first = refs.items[item, columns.POSITION] + lax.div(refs.items[item, columns.OFFSET], i32(self.group))
+        position = refs.items[item, columns.POSITION]
+        first = position + lax.div(refs.items[item, columns.OFFSET], i32(self.group))
         low, high = refs.items[item, columns.LOW], refs.items[item, columns.HIGH]
         if self.window is not None:
             low = jnp.maximum(low, lax.div(jnp.maximum(first - (self.window - 1), 0), i32(self.config.kv_block)))
         return Task(
             item=item,
             head=lax.rem(linear, i32(self.problem.num_kv_heads)),
+            position=position,
             context=refs.items[item, columns.CONTEXT],
-            first=first,
             low=low,
             high=jnp.maximum(low, high),  # a split that lies before the window is empty
         )
@@ -403,7 +412,8 @@ class Kernel:
             if refs.v_clean is not None:
 
                 @pl.when((block + 1) * self.config.kv_block > task.context)
-                def _wait() -> None:
+                def _meet() -> None:
+                    plgpu.barrier_arrive(refs.v_clean)
                     plgpu.barrier_wait(refs.v_clean)
 
             plgpu.barrier_arrive(refs.v_free.at[slot])
@@ -415,7 +425,7 @@ class Kernel:
         ops, dim = self.ops, self.problem.head_dim
         row_layout = plgpu.Layout.WGMMA.reduce(1)
         offset = refs.items[task.item, columns.OFFSET] + warpgroup * WARPGROUP_ROWS
-        position = refs.items[task.item, columns.POSITION]
+        position = task.position
         last = refs.items[task.item, columns.LAST]
         low_position = position + lax.div(offset, i32(self.group))
         high_position = jnp.minimum(position + lax.div(offset + (WARPGROUP_ROWS - 1), i32(self.group)), last)
@@ -486,7 +496,7 @@ class Kernel:
                 scores, factor = self._capped(scores, factor), 1.0
             if masked:
                 # Scaled first: a fused multiply-add of a masked score would leave its rounding error, which is huge.
-                visible = self._visible(refs, task, offset, block * self.config.kv_block + first)
+                visible = self._visible(task, offset, block * self.config.kv_block + first)
                 scores, factor = jnp.where(visible, scores * factor, MASKED), 1.0
             new_top = jnp.maximum(top, scores.max(axis=1) * factor)
             shrink = jnp.exp2(top - new_top)
@@ -523,12 +533,12 @@ class Kernel:
         grown = jnp.exp2(scores * (factor * 2.0 / self.soft_cap))  # e^(2 score / cap)
         return (1.0 - 2.0 / (grown + 1.0)) * (self.soft_cap * LOG2E)
 
-    def _visible(self, refs: Refs, task: Task, offset: jax.Array, first_key: jax.Array) -> jax.Array:
+    def _visible(self, task: Task, offset: jax.Array, first_key: jax.Array) -> jax.Array:
         """bool[64, keys]: what each row may see."""
         shape = (WARPGROUP_ROWS, self.step_keys)
         key = self.ops.iota(shape, 1) + first_key
         row = self.ops.iota(shape, 0) + offset
-        position = refs.items[task.item, columns.POSITION] + lax.div(row, jnp.full(shape, self.group, jnp.int32))
+        position = task.position + lax.div(row, jnp.full(shape, self.group, jnp.int32))
         visible = key <= position
         if self.window is not None:
             visible &= key > position - self.window
@@ -557,8 +567,8 @@ class Kernel:
                 @pl.when(warpgroup == 0)
                 def _first() -> None:
                     clean()
-                    plgpu.barrier_arrive(refs.v_clean)
 
+                plgpu.barrier_arrive(refs.v_clean)
                 plgpu.barrier_wait(refs.v_clean)
 
     def _write_final(
@@ -630,7 +640,7 @@ class Kernel:
 
             @pl.when(warpgroup == computing + 1)
             def _widen() -> None:
-                plgpu.set_max_registers(widener, action="decrease" if widener < 128 else "increase")
+                plgpu.set_max_registers(widener, action="decrease")
                 self.widen(refs)
 
     def scratch(self) -> dict[str, Any]:
@@ -657,7 +667,8 @@ class Kernel:
             "v_free": plgpu.Barrier(num_arrivals=computing, num_barriers=wide),
         }
         if computing > 1 and not self.is_quantized:
-            kinds["v_clean"] = plgpu.Barrier()
+            # Both arrive: the first could otherwise complete it twice before the second looks.
+            kinds["v_clean"] = plgpu.Barrier(num_arrivals=2)
         if self.splits:
             width = columns_at_a_time(dim)
             kinds["partial_smem"] = plgpu.SMEM(

@@ -241,6 +241,18 @@ def test_refusals(changes: dict[str, Any], words: str) -> None:
     assert words in (pallas_mosaic_gpu.supports(replace(PROBLEM, **changes)) or "")
 
 
+@pytest.mark.parametrize("compute", [1, 2])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_registers_are_there(quantized: bool, compute: int) -> None:
+    """A warpgroup that asks for more than the others gave up would wait forever, which no simulator sees."""
+    table = pallas_mosaic_gpu.REGISTERS_QUANTIZED if quantized else pallas_mosaic_gpu.REGISTERS_16_BIT
+    registers = table[compute]
+    warpgroups = compute + 1 + quantized
+    start = pallas_mosaic_gpu.registers_at_start(warpgroups)
+    assert registers[0] >= start >= max(registers[1:])  # compute takes, others give
+    assert compute * registers[0] + sum(registers[1:]) <= warpgroups * start
+
+
 def test_ladder() -> None:
     assert [i.name for i in OP.implementations if i.refuses(PROBLEM, H200) is None][0] == "mosaic_gpu"
     assert OP.automatic == ("mosaic_gpu", "xla")
