@@ -1,6 +1,6 @@
 """Paged attention for Hopper: what runs around the kernel of `mosaic_kernel`, and what it can run.
 
-Queries are packed as the plan says, the kernel attends, results are unpacked, and the splits of a row summed on the way.
+Queries are packed as the plan says, the kernel attends, results are unpacked; the splits of a row are summed meanwhile.
 """
 
 from __future__ import annotations
