@@ -174,9 +174,33 @@ class Plan:
         return self.problem.k // self.tiles.inputs // self.tiles.splits
 
     @property
+    def row_tiles(self) -> int:
+        """Tiles along M."""
+        return self.rows // self.tiles.rows
+
+    @property
+    def output_tiles(self) -> int:
+        """Tiles along N."""
+        return self.problem.n // self.tiles.outputs
+
+    def place(self, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(row, split, output) of a tile of the result. Blocks that run together share weights, or rows of experts."""
+        fast = self.output_tiles if self.experts else self.row_tiles
+        inner, rest = lax.rem(index, i32(fast)), lax.div(index, i32(fast))
+        split, outer = lax.rem(rest, i32(self.tiles.splits)), lax.div(rest, i32(self.tiles.splits))
+        return (outer, split, inner) if self.experts else (inner, split, outer)
+
+    @property
     def mma_outputs(self) -> int:
         """Outputs of one warpgroup."""
         return self.tiles.outputs // WARPGROUPS
+
+    @property
+    def copying_registers(self) -> int:
+        """Of a thread that copies; those that compute share the rest, 216 or 224 each. Found by compiling: with 56 the
+        copies of up to five arrays spill in some loops of eight steps, with 80 the sums of the largest tiles.
+        """
+        return 56 if self.tiles.rows * self.mma_outputs >= 128 * 128 else 80
 
     @property
     def out_type(self) -> jax.ShapeDtypeStruct:
@@ -221,7 +245,6 @@ def launch(plan: Plan, operands: dict[str, jax.Array]) -> jax.Array:
         [splits, M, N].
     """
     tiles, names = plan.tiles, tuple(operands)
-    row_tiles, output_tiles = plan.rows // tiles.rows, plan.problem.n // tiles.outputs
 
     def body(*refs: Any) -> None:
         *inputs, out, out_smem = refs
@@ -236,17 +259,11 @@ def launch(plan: Plan, operands: dict[str, jax.Array]) -> jax.Array:
 
         @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="wg")
         def _scope(allocations: Any) -> None:
-            live = refs_of["c"][0] if plan.experts else i32(row_tiles)
+            live = refs_of["c"][0] if plan.experts else i32(plan.row_tiles)
 
-            @plgpu.nd_loop((live * i32(tiles.splits * output_tiles),), collective_axes="core")
+            @plgpu.nd_loop((live * i32(tiles.splits * plan.output_tiles),), collective_axes="core")
             def _tile(loop: plgpu.NDLoopInfo) -> None:
-                (index,) = loop.index
-                if plan.experts:  # blocks that run together share rows
-                    output, rest = lax.rem(index, i32(output_tiles)), lax.div(index, i32(output_tiles))
-                    split, row = lax.rem(rest, i32(tiles.splits)), lax.div(rest, i32(tiles.splits))
-                else:  # blocks that run together share weights
-                    row, rest = lax.rem(index, i32(row_tiles)), lax.div(index, i32(row_tiles))
-                    split, output = lax.rem(rest, i32(tiles.splits)), lax.div(rest, i32(tiles.splits))
+                row, split, output = plan.place(loop.index[0])
                 expert = refs_of["e"][row] if plan.experts else i32(0)
                 mine = {name: _narrow(plan, name, ref, expert, row, output) for name, ref in refs_of.items()}
                 rows = pl.ds(row * tiles.rows, tiles.rows)
@@ -258,7 +275,7 @@ def launch(plan: Plan, operands: dict[str, jax.Array]) -> jax.Array:
     return plgpu.kernel(
         body,
         out_type=plan.out_type,
-        grid=(min(plan.num_cores, row_tiles * tiles.splits * output_tiles),),
+        grid=(min(plan.num_cores, plan.row_tiles * tiles.splits * plan.output_tiles),),
         grid_names=("core",),
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
@@ -297,7 +314,7 @@ def _pipeline(plan: Plan, specs: dict[str, plgpu.BlockSpec], step: Any, context:
     return plgpu.emit_pipeline_warp_specialized(
         step,
         grid=(plan.steps,),
-        memory_registers=56,  # with 40 the copying warpgroup spills when it has five arrays to copy
+        memory_registers=plan.copying_registers,
         wg_axis="wg",
         num_compute_wgs=WARPGROUPS,
         max_concurrent_steps=plan.tiles.stages,
