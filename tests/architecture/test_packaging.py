@@ -78,6 +78,13 @@ def test_the_wheel_holds_all_packages(project: dict) -> None:
     assert project["project"]["scripts"] == {"quire": "serving.cli:main"}
 
 
+def test_data_files_of_the_kernels_are_no_ones_to_ignore() -> None:
+    """The wheel takes what git does not ignore."""
+    files = ["pallas_kernels/targets/nvidia_h200.txtpb", "pallas_kernels/tuned/nvidia_h200/paged_attention.json"]
+    result = subprocess.run(["git", "check-ignore", "--no-index", *files], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1, f"ignored: {result.stdout}"
+
+
 def test_pinned_versions_are_plain_pins_without_addresses(project: dict) -> None:
     lines = (ROOT / "requirements-lock.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
