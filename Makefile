@@ -24,6 +24,7 @@ STAMP_AOT := $(VENV_AOT)/.installed
 DEMO_PROMPT ?= In three sentences: what does a computer do while it waits for memory?
 DEMO_FLAGS ?= --max-model-len 1024 --max-num-seqs 4 --max-num-batched-tokens 256
 BENCH_FLAGS ?=
+KERNEL_TESTS ?= slow or not slow
 
 .PHONY: help setup demo test test-all test-kernels aot-table lint format bench bench-compare clean
 
@@ -64,7 +65,7 @@ test-all: $(STAMP) ## run all tests
 	@$(BIN)/python -m pytest -m "slow or not slow" --ignore=tests/engine
 
 test-kernels: $(STAMP) $(STAMP_AOT) ## run all tests of the kernels, compiling for a GPU that need not be there
-	@$(BIN)/python -m pytest -m "slow or not slow" tests/kernels
+	@$(BIN)/python -m pytest -m "$(KERNEL_TESTS)" tests/kernels
 	@$(BIN_AOT)/python -m pallas_kernels.aot run $(BIN_AOT)/python -m pytest -m "slow or not slow" tests/aot
 
 aot-table: $(STAMP_AOT) ## compile the kernels and whole steps for an H200 and write docs/measurements/h200-aot.md
