@@ -1,4 +1,4 @@
-"""Paged attention for Hopper: what runs around the kernel of `mosaic_kernel`, and what it can run.
+"""Paged attention for Hopper: what runs around the kernel of `pallas_mosaic_kernel`, and what it can run.
 
 Queries are packed as the plan says, the kernel attends, results are unpacked; the splits of a row are summed meanwhile.
 """
@@ -18,8 +18,8 @@ from pallas_kernels.device import current_device
 from pallas_kernels.kv_layout import QUANTIZED, Pages
 from pallas_kernels.mosaic import MASKED, SMEM_LIMIT, Hopper, swizzle_of
 from pallas_kernels.paged_attention.config import WARPGROUP_ROWS, AttentionConfig, heuristic, resolve, smem_bytes
-from pallas_kernels.paged_attention.mosaic_kernel import Kernel
 from pallas_kernels.paged_attention.mosaic_plan import Plan, make_plan
+from pallas_kernels.paged_attention.pallas_mosaic_kernel import Kernel
 from pallas_kernels.paged_attention.problem import AttentionProblem
 from pallas_kernels.ragged import RaggedBatch
 

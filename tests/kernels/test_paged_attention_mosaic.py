@@ -17,7 +17,7 @@ import pytest
 from pallas_kernels.device import H200
 from pallas_kernels.kv_layout import Pages
 from pallas_kernels.mosaic import SMEM_LIMIT
-from pallas_kernels.paged_attention import OP, AttentionProblem, mosaic_kernel, pallas_mosaic_gpu, reference
+from pallas_kernels.paged_attention import OP, AttentionProblem, pallas_mosaic_gpu, pallas_mosaic_kernel, reference
 from pallas_kernels.paged_attention.cases import GPU_CASES, TINY_CASES, Case
 from pallas_kernels.paged_attention.config import AttentionConfig, heuristic, key, search_space, smem_bytes
 from pallas_kernels.ragged import RaggedBatch
@@ -153,14 +153,14 @@ class NoCommit:
         pass
 
 
-class DirtyValues(mosaic_kernel.Kernel):
+class DirtyValues(pallas_mosaic_kernel.Kernel):
     def _clean_values(self, *args: Any) -> None:
         pass
 
 
-class WithoutWait(mosaic_kernel.Kernel):
+class WithoutWait(pallas_mosaic_kernel.Kernel):
     def _block(self, *args: Any, **kwargs: Any) -> Any:
-        words: Any = mosaic_kernel.plgpu
+        words: Any = pallas_mosaic_kernel.plgpu
         words.begin()
         try:
             return super()._block(*args, **kwargs)
@@ -168,7 +168,7 @@ class WithoutWait(mosaic_kernel.Kernel):
             words.active = False
 
 
-class OneRowLate(mosaic_kernel.Kernel):
+class OneRowLate(pallas_mosaic_kernel.Kernel):
     """A mask off by one: every row sees the key after its own."""
 
     def _block(
@@ -179,7 +179,7 @@ class OneRowLate(mosaic_kernel.Kernel):
 
 @contextmanager
 def faulty(fault: str) -> Iterator[None]:
-    original = mosaic_kernel.plgpu
+    original = pallas_mosaic_kernel.plgpu
     kernels = {"dirty values": DirtyValues, "mask": OneRowLate, "no wait for keys": WithoutWait}
     kernels["no wait for values"] = WithoutWait
     words = {
@@ -188,8 +188,8 @@ def faulty(fault: str) -> Iterator[None]:
         "no wait for values": SkippedWait(original, 2),
     }
     with (
-        mock.patch.object(mosaic_kernel, "plgpu", words.get(fault, original)),
-        mock.patch.object(pallas_mosaic_gpu, "Kernel", kernels.get(fault, mosaic_kernel.Kernel)),
+        mock.patch.object(pallas_mosaic_kernel, "plgpu", words.get(fault, original)),
+        mock.patch.object(pallas_mosaic_gpu, "Kernel", kernels.get(fault, pallas_mosaic_kernel.Kernel)),
     ):
         yield
 
@@ -245,10 +245,10 @@ def test_refusals(changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("quantized", [False, True])
 def test_registers_are_there(quantized: bool, compute: int) -> None:
     """A warpgroup that asks for more than the others gave up would wait forever, which no simulator sees."""
-    table = mosaic_kernel.REGISTERS_QUANTIZED if quantized else mosaic_kernel.REGISTERS_16_BIT
+    table = pallas_mosaic_kernel.REGISTERS_QUANTIZED if quantized else pallas_mosaic_kernel.REGISTERS_16_BIT
     registers = table[compute]
     warpgroups = compute + 1 + quantized
-    start = mosaic_kernel.registers_at_start(warpgroups)
+    start = pallas_mosaic_kernel.registers_at_start(warpgroups)
     assert registers[0] >= start >= max(registers[1:])  # compute takes, others give
     assert compute * registers[0] + sum(registers[1:]) <= warpgroups * start
 
