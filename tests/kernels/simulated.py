@@ -30,6 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 START_S = 120.0  # for importing JAX on a busy machine
 GRACE_S = 10.0  # after the worker's own alarm
 REPORT_CHARACTERS = 6000
+# Of XLA's thread pool. Every warpgroup of a kernel is a callback that may wait for another one: with one thread per core,
+# two cores have been seen to hang.
+NUM_THREADS = "16"
 
 
 class SimulationError(AssertionError):
@@ -83,7 +86,7 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.kernels.simulator_worker", str(theirs.fileno())],
             cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "NPROC": NUM_THREADS},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
