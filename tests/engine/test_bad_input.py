@@ -234,7 +234,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"scheduling_policy": "random"}, ["scheduling_policy", "fcfs, priority", "'random'"]),
     ({"dtype": "int8"}, ["dtype", "float32, bfloat16, float16", "'int8'"]),
     ({"load_format": "pickle"}, ["load_format", "safetensors", "'pickle'"]),
-    ({"implementation": "triton"}, ["implementation", "xla", "'triton'"]),
+    ({"attention_implementation": "triton"}, ["attention_implementation", "xla", "'triton'"]),
     ({"max_logprobs": -2}, ["max_logprobs must be -1 or more, got -2"]),
     ({"compile_threads": 0}, ["compile_threads must be at least 1, got 0"]),
     ({"seed": -1}, ["seed must be 0 or more, got -1"]),

@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 START_S = 120.0  # for importing JAX on a busy machine
 GRACE_S = 10.0  # after the worker's own alarm
 REPORT_CHARACTERS = 6000
-# Of XLA's thread pool. Every warpgroup of a kernel is a callback that may wait for another one: with one thread per core,
-# two cores have been seen to hang.
+# Of XLA's thread pool. Every warpgroup of a kernel is a callback that may wait for another one: with as many threads as
+# cores, two of them have been seen to hang.
 NUM_THREADS = "16"
 
 
