@@ -20,6 +20,7 @@ from engine.runtime.executor import Executor
 from engine.runtime.limits import RuntimeLimits, resolve_limits
 from engine.runtime.memory import MemoryLedger, memory_limit, plan_blocks, require_one_request
 from engine.runtime.progress import Report, progress_bar
+from engine.runtime.threads import pin_workers
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.limits import SchedulerLimits
 from engine.scheduling.scheduler import Scheduler
@@ -107,6 +108,8 @@ def _build(config: EngineConfig) -> BuiltEngine:
     with progress_bar("compiling", show=show) as report:
         executables = compile_program(program, loaded.params, config.compile, report)
     executor = Executor(program, loaded.params, executables)
+    if config.kernels.pin_cpu_threads and jax.devices()[0].platform == "cpu":
+        pin_workers()
     times = StartTimes(resolved - started, loaded_at - resolved, time.monotonic() - loaded_at)
     core = EngineCore(
         Scheduler(_scheduler_limits(config, limits), BlockPool(ledger.num_blocks)),

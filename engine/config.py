@@ -167,6 +167,7 @@ class KernelConfig:
     """Which implementation runs: 'auto' climbs the ladder and logs its choice, a name runs or refuses."""
 
     attention_implementation: str = _setting("auto", "implementation of paged attention", IMPLEMENTATIONS)
+    pin_cpu_threads: bool = _setting(True, "on a CPU, keep each of XLA's worker threads on a core of its own")
 
     def __post_init__(self) -> None:
         _check_types(self)
