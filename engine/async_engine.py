@@ -78,7 +78,8 @@ class AsyncEngine:
         """Complete one prompt, yielding as tokens come. Leaving the iterator early (break, cancellation) aborts the
         request.
 
-        Outputs are deltas unless `sampling_params.output_kind` says otherwise.
+        Outputs are deltas unless `sampling_params.output_kind` says otherwise. Without `sampling_params`, as the
+        model's `generation_config.json` recommends.
 
         Raises:
             InvalidRequestError, ContextLengthError, QueueFullError: nothing was started.
@@ -88,7 +89,7 @@ class AsyncEngine:
         self._enter_loop()
         if priority != 0 and self.config.scheduler.scheduling_policy != "priority":
             raise InvalidRequestError("priority needs scheduling_policy='priority'.", "priority")
-        params = SamplingParams(output_kind=RequestOutputKind.DELTA) if sampling_params is None else sampling_params
+        params = sampling_params or self._built.default_sampling.replace(output_kind=RequestOutputKind.DELTA)
         request = self._built.inputs.make(prompt, params, request_id=request_id, priority=priority)
         stream = self._open(request)
         finished = False

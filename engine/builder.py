@@ -12,6 +12,7 @@ import jax
 
 from engine.config import EngineConfig, Environment, ModelLoadConfig, reserve_gpu_memory
 from engine.core import CoreOptions, EngineCore
+from engine.errors import ConfigError, InvalidRequestError
 from engine.input_processor import InputProcessor, ModelLimits
 from engine.output_processor import OutputProcessor
 from engine.runtime.compile import COUNTER, enable_persistent_cache
@@ -21,13 +22,14 @@ from engine.runtime.limits import RuntimeLimits, resolve_limits
 from engine.runtime.memory import MemoryLedger, memory_limit, plan_blocks, require_one_request
 from engine.runtime.progress import Report, progress_bar
 from engine.runtime.threads import pin_workers
+from engine.sampling_params import SamplingParams, sampling_defaults
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.limits import SchedulerLimits
 from engine.scheduling.scheduler import Scheduler
 from engine.text.tokenizer import Tokenizer
 from models.config import ModelConfig
 from models.functional import Params
-from models.loading.load import LoadedModel, load_model
+from models.loading.load import LoadedModel, load_model, read_generation_config
 from models.loading.resolver import FetchOptions, ModelFiles, resolve_model, resolve_tokenizer
 from pallas_kernels.registry import chosen_implementations
 
@@ -56,6 +58,7 @@ class BuiltEngine:
     times: StartTimes
     num_executables: int
     implementations: dict[str, str]
+    default_sampling: SamplingParams
 
     def describe(self) -> dict[str, Any]:
         """What was built, for logs and for users."""
@@ -98,6 +101,7 @@ def _build(config: EngineConfig) -> BuiltEngine:
         options = fetch_options(config.load, environment, report)
         files = resolve_model(config.load.model, options, config.load.revision)
         tokenizer = _load_tokenizer(config.load, files, options)
+    default_sampling = _default_sampling(config.load, files)
     resolved = time.monotonic()
     with progress_bar("loading weights", show=show) as report:
         loaded = load_weights(config.load, files.path, report)
@@ -122,7 +126,16 @@ def _build(config: EngineConfig) -> BuiltEngine:
     )
     inputs = InputProcessor(model_limits, tokenizer, config.load.seed)
     return BuiltEngine(
-        core, inputs, tokenizer, loaded.config, limits, ledger, times, len(executables), chosen_implementations()
+        core=core,
+        inputs=inputs,
+        tokenizer=tokenizer,
+        model=loaded.config,
+        limits=limits,
+        ledger=ledger,
+        times=times,
+        num_executables=len(executables),
+        implementations=chosen_implementations(),
+        default_sampling=default_sampling,
     )
 
 
@@ -141,6 +154,20 @@ def _load_tokenizer(config: ModelLoadConfig, files: ModelFiles, options: FetchOp
     if config.skip_tokenizer_init:
         return None
     return Tokenizer.load(files.path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, options))
+
+
+def _default_sampling(config: ModelLoadConfig, files: ModelFiles) -> SamplingParams:
+    """What a request gets that brings no parameters.
+
+    Raises:
+        ConfigError: the model's recommendation is out of range.
+    """
+    if config.generation_config == "none":
+        return SamplingParams()
+    try:
+        return sampling_defaults(read_generation_config(files.path))
+    except InvalidRequestError as error:
+        raise ConfigError(f"The model's generation_config.json: {error} Set generation_config='none'.") from error
 
 
 def load_weights(config: ModelLoadConfig, path: Path, report: Report) -> LoadedModel:

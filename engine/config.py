@@ -18,6 +18,7 @@ from engine.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
+GENERATION_CONFIGS = ("auto", "none")
 POLICIES = ("fcfs", "priority")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "mosaic_gpu", "mosaic_gpu_simulated")
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3")
@@ -68,6 +69,11 @@ class ModelLoadConfig:
     max_model_len: int | None = _setting(None, "longest prompt + output, in tokens; default: the model's own limit")
     revision: str | None = _setting(None, "branch, tag or commit of the hub repository")
     download_dir: str | None = _setting(None, "where downloaded models are kept; default: the user's cache")
+    generation_config: str = _setting(
+        "auto",
+        "sampling where a request says nothing: auto = as the model's generation_config.json",
+        GENERATION_CONFIGS,
+    )
     max_logprobs: int = _setting(20, "largest logprobs a request may ask for; -1 = the whole vocabulary")
     seed: int = _setting(0, "seed of dummy weights and of requests that bring none")
 
@@ -76,6 +82,7 @@ class ModelLoadConfig:
         _check(bool(self.model), "model must not be empty.")
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
+        _check_choice("generation_config", self.generation_config, GENERATION_CONFIGS)
         _check(
             self.max_model_len is None or self.max_model_len >= 2,
             f"max_model_len must be at least 2, got {self.max_model_len}.",

@@ -61,7 +61,7 @@ class Engine:
         Args:
             prompts: one prompt or a list: text, token ids, or mappings (see `Prompt`). A flat list of ints is one
                 prompt.
-            sampling_params: one for all, or one per prompt; default `SamplingParams()`.
+            sampling_params: one for all, or one per prompt; default: `get_default_sampling_params()`.
             use_tqdm: show a progress bar.
             priority: per prompt, lower first; needs `scheduling_policy="priority"`.
 
@@ -109,7 +109,7 @@ class Engine:
             RequestFailedError: a step failed.
         """
         request = self._parts.inputs.make(
-            prompt, (params or SamplingParams()).replace(output_kind=RequestOutputKind.DELTA)
+            prompt, (params or self._parts.default_sampling).replace(output_kind=RequestOutputKind.DELTA)
         )
         mail = self._add(request)
         try:
@@ -143,6 +143,10 @@ class Engine:
     def get_tokenizer(self) -> Any:
         """The tokenizer; None with `skip_tokenizer_init`."""
         return self._parts.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a request gets that brings no parameters: as the model's `generation_config.json` recommends."""
+        return self._parts.default_sampling
 
     def apply_chat_template(
         self,
@@ -214,7 +218,7 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
     ) -> list[Request]:
-        every = SamplingParams() if params is None else params
+        every = self._parts.default_sampling if params is None else params
         per_prompt = [every] * len(prompts) if isinstance(every, SamplingParams) else _params_list(every)
         if len(per_prompt) != len(prompts):
             raise InvalidRequestError(

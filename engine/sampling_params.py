@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any
@@ -25,6 +26,17 @@ SWITCHES = (
 )
 GREEDY_TEMPERATURE = 1e-5  # below this the distribution is a point for float32: argmax
 MIN_TEMPERATURE = 1e-2  # temperatures between the two are raised to this, so that logits / temperature stays finite
+
+
+# Fields of a model's generation_config.json -> what they are here. As in vLLM, `do_sample` is not one of them.
+GENERATION_FIELDS = {
+    "repetition_penalty": "repetition_penalty",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}
 
 
 class RequestOutputKind(enum.Enum):
@@ -240,6 +252,21 @@ class SamplingParams:
     def field_names(cls) -> tuple[str, ...]:
         """The names that a user may set."""
         return tuple(f.name for f in fields(cls))
+
+
+def sampling_defaults(generation: Mapping[str, Any]) -> SamplingParams:
+    """What a model's authors recommend where a request says nothing.
+
+    Args:
+        generation: content of `generation_config.json`; fields that are absent or null keep our defaults.
+
+    Raises:
+        InvalidRequestError: a value is out of range.
+    """
+    given = {
+        ours: generation[theirs] for theirs, ours in GENERATION_FIELDS.items() if generation.get(theirs) is not None
+    }
+    return SamplingParams(**given)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,10 @@ class EngineLike(Protocol):
         """
         ...
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's authors recommend where the user says nothing."""
+        ...
+
     def apply_chat_template(self, messages: list[Message]) -> list[int]:
         """The token ids of a conversation, up to where the assistant's next answer begins."""
         ...

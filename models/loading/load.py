@@ -132,9 +132,17 @@ def open_checkpoint(path: Path, load_format: str) -> Checkpoint:
         )
     if not (path / CONFIG_NAME).is_file():
         raise ModelNotFoundError(f"{path} has no {CONFIG_NAME}.")
-    generation_file = path / GENERATION_CONFIG_NAME
-    generation = read_json(generation_file) if generation_file.is_file() else {}
-    return _checkpoint(read_json(path / CONFIG_NAME), generation, lambda: open_safetensors(path))
+    return _checkpoint(read_json(path / CONFIG_NAME), read_generation_config(path), lambda: open_safetensors(path))
+
+
+def read_generation_config(path: Path) -> RawConfig:
+    """What the model's authors say of generating with it: its `generation_config.json`, or {} where there is none.
+
+    Raises:
+        As `read_json`.
+    """
+    file = path / GENERATION_CONFIG_NAME
+    return read_json(file) if file.is_file() else {}
 
 
 def read_json(file: Path) -> RawConfig:

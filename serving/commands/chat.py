@@ -48,13 +48,14 @@ def set_up(parser: argparse.ArgumentParser, create: EngineFactory) -> None:
 def run(args: argparse.Namespace, create: EngineFactory) -> int:
     """Read messages and answer them until the input ends."""
     # Both are checked here, before jax and the model are loaded, so that a wrong flag is answered at once.
-    params = SamplingParams(**sampling_settings(args), max_tokens=args.max_tokens, output_kind=RequestOutputKind.DELTA)
+    given = sampling_settings(args) | {"max_tokens": args.max_tokens, "output_kind": RequestOutputKind.DELTA}
+    SamplingParams(**given)
     settings = engine_settings(args)
     model = EngineConfig.from_flat(**settings).load.model
     settings.pop("model", None)
     with create(model, **settings) as engine:
         print(f"{model}: {COMMANDS}.", file=sys.stderr)
-        converse(engine, params, args.system)
+        converse(engine, engine.get_default_sampling_params().replace(**given), args.system)
     return EXIT_OK
 
 

@@ -58,13 +58,15 @@ def run(args: argparse.Namespace, create: EngineFactory) -> int:
     """Generate, print, and return the exit code: `EXIT_FAILED` if any request failed while it ran."""
     prompts = read_prompts(args.prompts, args.file, by_line=args.lines)
     # Both are checked here, before jax and the model are loaded, so that a wrong flag is answered at once.
-    params = SamplingParams(**sampling_settings(args))
+    given = sampling_settings(args)
+    params = SamplingParams(**given)
     settings = engine_settings(args)
     model = EngineConfig.from_flat(**settings).load.model
     if not args.json:
         _refuse_what_only_json_shows(params)
     settings.pop("model", None)
     with create(model, **settings) as engine:
+        params = engine.get_default_sampling_params().replace(**given)
         inputs = [_as_chat(engine, prompt) if args.chat else prompt for prompt in prompts]
         if len(prompts) == 1 and params.n == 1 and not args.json:
             return _stream_one(engine, prompts[0], inputs[0], params, chat=args.chat)

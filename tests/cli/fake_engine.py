@@ -28,6 +28,7 @@ class FakeEngine:
         self.streams_closed = 0
         self.fail_with: str | None = None
         self.lose_tokens = 0
+        self.default_sampling = SamplingParams()
 
     def __enter__(self) -> Self:
         self.is_open = True
@@ -63,6 +64,9 @@ class FakeEngine:
                 yield replace(whole, outputs=[delta], finished=last, metrics=_metrics(i + 1))
         finally:
             self.streams_closed += 1
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        return self.default_sampling
 
     def apply_chat_template(self, messages: list[dict[str, str]]) -> list[int]:
         self.conversations.append(list(messages))

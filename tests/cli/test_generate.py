@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.sampling_params import RequestOutputKind
+from engine.sampling_params import RequestOutputKind, SamplingParams
 from serving.cli import main
-from tests.cli.fake_engine import TPOT_S, TTFT_S, FakeFactory
+from tests.cli.fake_engine import TPOT_S, TTFT_S, FakeEngine, FakeFactory
 
 Capture = pytest.CaptureFixture[str]
 
@@ -96,6 +96,18 @@ def test_settings_reach_the_engine_and_only_those_given(capsys: Capture) -> None
     _, factory = generate("--model", "m", "--block-size", "32", "--no-enable-prefix-caching", "--seed", "5", "x")
     assert factory.made.model == "m"
     assert factory.made.settings == {"block_size": 32, "enable_prefix_caching": False, "seed": 5}
+
+
+def test_flags_change_what_the_model_recommends() -> None:
+    class Recommending(FakeFactory):
+        def __call__(self, model: str, **settings: object) -> FakeEngine:
+            engine = super().__call__(model, **settings)
+            engine.default_sampling = SamplingParams(temperature=0.3, top_k=7)
+            return engine
+
+    _, factory = generate("--json", "--top-k", "4", "a", factory=Recommending())
+    [(_, [params])] = factory.made.calls
+    assert (params.temperature, params.top_k) == (0.3, 4)
 
 
 def test_sampling_flags_reach_the_request(capsys: Capture) -> None:
