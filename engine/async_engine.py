@@ -89,7 +89,9 @@ class AsyncEngine:
         self._enter_loop()
         if priority != 0 and self.config.scheduler.scheduling_policy != "priority":
             raise InvalidRequestError("priority needs scheduling_policy='priority'.", "priority")
-        params = sampling_params or self._built.default_sampling.replace(output_kind=RequestOutputKind.DELTA)
+        params = sampling_params
+        if params is None:
+            params = self._built.default_sampling.replace(output_kind=RequestOutputKind.DELTA)
         request = self._built.inputs.make(prompt, params, request_id=request_id, priority=priority)
         stream = self._open(request)
         finished = False

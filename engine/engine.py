@@ -108,9 +108,7 @@ class Engine:
             InvalidRequestError: as in `generate`.
             RequestFailedError: a step failed.
         """
-        request = self._parts.inputs.make(
-            prompt, (params or self._parts.default_sampling).replace(output_kind=RequestOutputKind.DELTA)
-        )
+        [request] = self._make_requests([prompt], params, None, RequestOutputKind.DELTA)
         mail = self._add(request)
         try:
             while True:
@@ -217,6 +215,7 @@ class Engine:
         prompts: list[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
+        output_kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
     ) -> list[Request]:
         every = self._parts.default_sampling if params is None else params
         per_prompt = [every] * len(prompts) if isinstance(every, SamplingParams) else _params_list(every)
@@ -232,7 +231,7 @@ class Engine:
         return [
             make(
                 prompt,
-                p.replace(output_kind=RequestOutputKind.FINAL_ONLY),
+                p.replace(output_kind=output_kind),
                 priority=0 if priority is None else priority[index],
             )
             for index, (prompt, p) in enumerate(zip(prompts, per_prompt, strict=True))

@@ -215,8 +215,11 @@ def _logprobs_as_json(entry: TokenLogprobs) -> dict[str, Any]:
 
 
 def format_implementations(description: Mapping[str, Any]) -> str:
-    """`xla (cpu, float32)`, or each operation's own if they differ: `paged_attention mosaic_gpu, matmul xla (…)`."""
-    chosen: Mapping[str, str] = description["implementations"]
+    """`xla (cpu, float32)`, or each operation's own if they differ: `paged_attention mosaic_gpu, matmul xla (…)`.
+
+    Why nothing better runs is in the log, not here.
+    """
+    chosen = {operation: text.partition(" (")[0] for operation, text in description["implementations"].items()}
     names = set(chosen.values())
     text = names.pop() if len(names) == 1 else ", ".join(f"{operation} {name}" for operation, name in chosen.items())
     return f"{text} ({description['device']}, {description['dtype']})"
