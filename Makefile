@@ -25,6 +25,7 @@ DEMO_PROMPT ?= In three sentences: what does a computer do while it waits for me
 DEMO_FLAGS ?= --max-model-len 1024 --max-num-seqs 4 --max-num-batched-tokens 256
 BENCH_FLAGS ?=
 KERNEL_TESTS ?= slow or not slow
+AOT_TABLE := docs/measurements/h200-aot.md
 
 .PHONY: help setup demo test test-all test-kernels aot-table lint format bench bench-compare clean
 
@@ -69,8 +70,9 @@ test-kernels: $(STAMP) $(STAMP_AOT) ## run all tests of the kernels, compiling f
 	@$(BIN_AOT)/python -m pallas_kernels.aot run $(BIN_AOT)/python -m pytest -m "slow or not slow" tests/aot
 
 aot-table: $(STAMP_AOT) ## compile the kernels and whole steps for an H200 and write docs/measurements/h200-aot.md
-	@$(BIN_AOT)/python -m pallas_kernels.aot table > docs/measurements/h200-aot.md; \
-	{ echo; echo "## Whole steps"; echo; $(BIN_AOT)/python -m benchmarks.aot_steps; } >> docs/measurements/h200-aot.md
+	@$(BIN_AOT)/python -m pallas_kernels.aot table > $(AOT_TABLE).new
+	@{ echo; echo "## Whole steps"; echo; $(BIN_AOT)/python -m benchmarks.aot_steps; } >> $(AOT_TABLE).new
+	@mv $(AOT_TABLE).new $(AOT_TABLE)
 
 lint: $(STAMP) ## check style, format and types
 	@$(BIN)/ruff check .
