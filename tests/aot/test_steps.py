@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.aot_steps import MODELS, SHAPES, Step, compile_step, page_bytes
-from pallas_kernels import paged_attention
 from pallas_kernels.aot import compile_for
 from pallas_kernels.aot.report import parse_entry
 from pallas_kernels.device import H200
@@ -18,11 +17,6 @@ from pallas_kernels.device import H200
 KERNEL = "mosaic_gpu"
 FEW_LAYERS = 3  # the layers of a model are alike
 IN_PLACE = ("parameter", "tuple", "get-tuple-element", "bitcast")
-
-needs_kernel = pytest.mark.skipif(
-    all(implementation.name != KERNEL for implementation in paged_attention.OP.implementations),
-    reason="attention by XLA has loops that depend on data, which no CUDA graph holds",
-)
 
 
 def copied(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
@@ -55,7 +49,6 @@ def check(step: Step) -> None:
     assert len(compiled.kernels) == calls // len(program.config.layers), "layers do not share their kernels"
 
 
-@needs_kernel
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_step(name: str, kind: str) -> None:
@@ -71,7 +64,6 @@ def test_a_copy_of_a_weight_is_seen() -> None:
     assert copied(text, [(512, 1024)]) and not copied(text, [(512, 1000)])
 
 
-@needs_kernel
 @pytest.mark.slow
 def test_step_of_full_depth() -> None:
     step = compile_step("llama-3.1-8b", "decode", KERNEL)
