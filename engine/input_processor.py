@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from engine.errors import ContextLengthError, InvalidRequestError
+from engine.requests.constraints import check_constraints
 from engine.requests.request import Request
-from engine.runtime.sampling.checks import check_constraints
 from engine.sampling_params import SamplingParams
 from engine.text.bad_words import bad_word_ids
 from engine.text.tokenizer import Tokenizer

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from engine.errors import InvalidRequestError
+from engine.requests.constraints import check_constraints
 from engine.requests.request import Request
 from engine.runtime.sampling import (
     Flag,
     SamplerVariant,
-    check_constraints,
     needs_state,
     padding_params,
     unpack,

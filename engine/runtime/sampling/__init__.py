@@ -15,7 +15,6 @@ static variants keep a greedy batch from paying for more than an argmax.
 It does not know of schedules, stop strings, grammars (mask the logits before) or text.
 """
 
-from engine.runtime.sampling.checks import MAX_BAD_WORD_SEQUENCES, MAX_BAD_WORD_TOKENS, check_constraints
 from engine.runtime.sampling.inputs import (
     WIDTH,
     Column,
@@ -35,8 +34,6 @@ from engine.runtime.sampling.sampler import SampledTokens, sample
 from engine.runtime.sampling.state import SamplerState, make_state, reset_row, state_size_bytes, warm_up_rows
 
 __all__ = [
-    "MAX_BAD_WORD_SEQUENCES",
-    "MAX_BAD_WORD_TOKENS",
     "NUM_TOP",
     "WIDTH",
     "Column",
@@ -46,7 +43,6 @@ __all__ = [
     "SamplerState",
     "SamplerVariant",
     "SamplingInputs",
-    "check_constraints",
     "choose_variant",
     "full_logprobs",
     "make_state",

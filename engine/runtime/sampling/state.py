@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine.requests.constraints import MAX_BAD_WORD_SEQUENCES, MAX_BAD_WORD_TOKENS
 from engine.requests.request import Request
-from engine.runtime.sampling.checks import MAX_BAD_WORD_SEQUENCES, MAX_BAD_WORD_TOKENS
 from engine.runtime.sampling.inputs import Flag, SamplingInputs, flags_of, stop_ids_of
 from engine.sampling_params import MAX_ALLOWED_TOKEN_IDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
