@@ -1,0 +1,34 @@
+"""`Route`: one endpoint, as the app serves it and as the OpenAPI document describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from aiohttp import web
+from pydantic import BaseModel
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One endpoint.
+
+    Attributes:
+        method, path: as aiohttp writes them (`/requests/{request_id}/timeline`).
+        handler: answers; faults are raised and become the error body in one place.
+        summary: one line.
+        request, response: schemas of the JSON bodies; None where there is none.
+        streams: True if it may answer with server-sent events.
+        open: True if it needs no API key.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    request: type[BaseModel] | None = None
+    response: type[BaseModel] | None = None
+    streams: bool = False
+    open: bool = False
