@@ -29,7 +29,10 @@ JAX_FREE = (
     "engine/errors.py",
     "engine/input_processor.py",
     "engine/outputs.py",
+    "engine/remote/",
     "engine/sampling_params.py",
+    "engine/stream.py",
+    "engine/timeline.py",
     "engine/runtime/buckets.py",
     "models/config.py",
 )

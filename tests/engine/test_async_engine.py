@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine.async_engine import AsyncEngine, _Call
+from engine.async_engine import AsyncEngine
 from engine.core import EngineCore
 from engine.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from engine.outputs import RequestOutput
@@ -45,20 +45,8 @@ async def settle(engine: AsyncEngine) -> None:
     """Wait until no request is live, and prove that none left anything behind."""
     while engine._built.core.scheduler.has_work or engine.metrics()["num_in_flight"]:
         await asyncio.sleep(0.005)
-    done = asyncio.get_running_loop().create_future()
-
-    def check() -> None:  # in the engine's thread: nobody else may touch the core
-        try:
-            require_idle(engine._built.core)
-            result = None
-        except AssertionError as error:
-            result = error
-        done.get_loop().call_soon_threadsafe(done.set_result, result)
-
-    engine._inbox.put(_Call(check))
-    error = await done
-    if error is not None:
-        raise error
+    # In the engine's thread: nobody else may touch the core.
+    await asyncio.wrap_future(engine._driver.call(lambda: require_idle(engine._built.core)))
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +66,10 @@ def new_engine(cache: str, **settings: object) -> AsyncEngine:
 async def held(engine: AsyncEngine, num_requests: int) -> AsyncIterator[None]:
     """Hold the engine's thread until as many requests wait in its inbox: what comes first is not left to chance."""
     gate = threading.Event()
-    engine._inbox.put(_Call(gate.wait))
+    engine._driver.call(gate.wait)
     try:
         yield
-        while engine._inbox.qsize() < num_requests:
+        while engine._driver._inbox.qsize() < num_requests:
             await asyncio.sleep(0.001)
     finally:
         gate.set()
@@ -272,9 +260,9 @@ def test_reset_prefix_cache(engine: AsyncEngine) -> None:
         return (await collect(engine.generate(prompt, DELTAS)))[-1].num_cached_tokens
 
     async def scenario() -> list[int]:
-        engine.reset_prefix_cache()
+        await engine.reset_prefix_cache()
         found = [await cached(), await cached()]
-        engine.reset_prefix_cache()
+        await engine.reset_prefix_cache()
         found.append(await cached())
         await settle(engine)
         return found
