@@ -64,6 +64,7 @@ class AsyncEngine:
         self._streams: dict[str, asyncio.Queue[Event]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._dead: Exception | None = None
+        self._compiling: dict[str, bool] = {}  # requests that wait for their grammar -> aborted meanwhile
         self._thread = threading.Thread(target=self._drive, name="quire-engine", daemon=True)
         self._thread.start()
 
@@ -93,6 +94,7 @@ class AsyncEngine:
         if params is None:
             params = self._built.default_sampling.replace(output_kind=RequestOutputKind.DELTA)
         request = self._built.inputs.make(prompt, params, request_id=request_id, priority=priority)
+        await self._compile_grammar(request)
         stream = self._open(request)
         finished = False
         try:
@@ -111,6 +113,8 @@ class AsyncEngine:
 
     def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output with finish reason "abort"."""
+        if request_id in self._compiling:
+            self._compiling[request_id] = True
         self._inbox.put(_Abort(request_id))
 
     def describe(self) -> dict[str, Any]:
@@ -153,6 +157,23 @@ class AsyncEngine:
             self._streams.clear()
             self._loop = loop
 
+    async def _compile_grammar(self, request: Request) -> None:
+        """Wait for the grammar of a request, if it has one: neither this loop nor the engine's waits with it.
+
+        Raises:
+            InvalidRequestError: the grammar is at fault.
+        """
+        params, grammars = request.params.structured_outputs, self._built.core.grammars
+        if params is None or grammars is None:
+            return
+        self._compiling.setdefault(request.request_id, False)
+        try:
+            # Shielded: others may wait for the same grammar.
+            await asyncio.shield(asyncio.wrap_future(grammars.submit(params)))
+        except BaseException:
+            self._compiling.pop(request.request_id, None)
+            raise
+
     def _open(self, request: Request) -> asyncio.Queue[Event]:
         """Send a request to the engine. Its id is in use until its last event comes, also if nobody waits for that."""
         request_id = request.request_id
@@ -161,6 +182,8 @@ class AsyncEngine:
         stream: asyncio.Queue[Event] = asyncio.Queue()
         self._streams[request_id] = stream
         self._inbox.put(_Add(request))
+        if self._compiling.pop(request_id, False):  # aborted while its grammar was compiled
+            self._inbox.put(_Abort(request_id))
         if self._dead is not None:  # it died meanwhile, perhaps without having seen this stream
             del self._streams[request_id]
             self._require_alive()
