@@ -39,6 +39,8 @@ def grammar_text(params: StructuredOutputsParams, added_token_id: TokenId) -> st
         assert isinstance(params.structural_tag, str), "made text on construction"
         return StructTag.to_grammar(**_tags(json.loads(params.structural_tag), added_token_id))
     schema = {"type": "object"} if params.json is None else json.loads(str(params.json))
+    if isinstance(schema, bool):  # options can be put into objects only
+        schema = {} if schema else {"enum": []}
     if params.disable_additional_properties:
         schema = close_objects(schema)
     options: dict[str, Any] = {}

@@ -49,7 +49,7 @@ class StructuredOutputsParams:
 
     json: str | dict[str, Any] | None = None
     regex: str | None = None
-    choice: list[str] | tuple[str, ...] | None = None
+    choice: Sequence[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | dict[str, Any] | None = None
