@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from engine.config import EngineConfig
 from engine.outputs import BeamSearchOutput, CompletionOutput, Logprob, RequestOutput
 from engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from engine.structured.params import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine
@@ -34,6 +35,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 
 

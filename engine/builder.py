@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.limits import SchedulerLimits
 from engine.scheduling.scheduler import Scheduler
 from engine.snapshot import snapshot
+from engine.structured.compiler import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 from models.config import ModelConfig
 from models.functional import Params
@@ -142,7 +144,8 @@ def _build(config: EngineConfig) -> BuiltEngine:
 
     ledger, program = make_program(config, loaded, environment.cache_dir / "xla")
     limits = program.limits
-    with progress_bar("compiling", show=show) as report:
+    with progress_bar("compiling", show=show) as report, ThreadPoolExecutor(1) as beside:
+        grammars = beside.submit(_make_grammars, tokenizer, loaded.config)
         executables = compile_program(program, loaded.params, config.compile, report)
     executor = Executor(program, loaded.params, executables)
     if config.kernels.pin_cpu_threads and jax.devices()[0].platform == "cpu":
@@ -153,6 +156,7 @@ def _build(config: EngineConfig) -> BuiltEngine:
         executor,
         OutputProcessor(tokenizer),
         CoreOptions(overlap=config.scheduler.async_scheduling),
+        grammars.result(),
     )
     model_limits = ModelLimits(
         loaded.config.vocab_size, limits.max_model_len, config.load.max_logprobs, loaded.config.eos_token_ids
@@ -189,6 +193,10 @@ def _tokenizer_path(config: ModelLoadConfig, files: ModelFiles, options: FetchOp
     if config.skip_tokenizer_init:
         return None
     return files.path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, options)
+
+
+def _make_grammars(tokenizer: Tokenizer | None, model: ModelConfig) -> GrammarCompiler | None:
+    return None if tokenizer is None else GrammarCompiler(tokenizer, model.vocab_size, model.eos_token_ids)
 
 
 def _default_sampling(config: ModelLoadConfig, files: ModelFiles) -> SamplingParams:

@@ -6,11 +6,18 @@
 While step N runs, the host plans and dispatches N+1 (the token that N samples stays on the device and feeds N+1
 there), then reads N's tokens. With `async_scheduling=False` each step is read before the next is planned. One thread
 drives a core; it is not thread-safe.
+
+Where a sequence follows a grammar, what N+1 may sample depends on the token of N. The forward pass of N+1 needs no such
+thing: it is dispatched as ever, and while it runs the host reads N, fills the masks and dispatches the sampling.
+
+    host    forward 2 . commit 1 . masks . sample 2 | forward 3 . commit 2 . masks . sample 3 | …
+    device  [ forward 2 ........................][s][ forward 3 ........................][s]
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -26,6 +33,9 @@ from engine.requests.sequence import FinishReason, Sequence
 from engine.runtime.executor import Executor, InFlightStep, PromptScore, StepResult, needs_full_logprobs
 from engine.scheduling.plan import StepPlan
 from engine.scheduling.scheduler import Scheduler
+from engine.structured.compiler import GrammarCompiler
+from engine.structured.masks import DeadEnd, MaskedRow, MaskFiller
+from engine.structured.matcher import MatcherState
 from engine.timeline import Timeline
 
 logger = logging.getLogger("quire.core")
@@ -40,10 +50,19 @@ class CoreOptions:
 
 
 class EngineCore:
-    """Owns the scheduler, the executor and the records of live requests."""
+    """Owns the scheduler, the executor and the records of live requests.
+
+    Args:
+        grammars: of structured outputs; None without a tokenizer.
+    """
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor, outputs: OutputProcessor, options: CoreOptions
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        outputs: OutputProcessor,
+        options: CoreOptions,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -51,16 +70,22 @@ class EngineCore:
         self.stats = EngineStats()
         self.timeline = Timeline()
         self._failures_in_a_row = 0
+        self.grammars = grammars
+        self._masks = (
+            None if grammars is None else MaskFiller(grammars.vocab_size, grammars.num_tokens, grammars.eos_token_ids)
+        )
+        self._num_structured = 0  # live requests that follow a grammar
         self._options = options
         self._records: dict[str, RequestRecord] = {}
         self._in_flight: deque[InFlightStep] = deque()
         self._touched: dict[str, RequestRecord] = {}
 
     def add(self, request: Request) -> None:
-        """Queue a request.
+        """Queue a request. Its grammar, if it has one, is compiled here unless that was done before
+        (`GrammarCompiler.prepare`, `submit`).
 
         Raises:
-            InvalidRequestError: its id is in use.
+            InvalidRequestError: its id is in use, or its grammar is at fault.
             ContextLengthError, QueueFullError: see `Scheduler.add`.
         """
         if request.request_id in self._records:
@@ -71,11 +96,16 @@ class EngineCore:
             sequence.output_logprobs = None if params.logprobs is None else []
         if params.prompt_logprobs is not None:
             sequences[0].prompt_logprobs = [None]
+        if params.structured_outputs is not None:
+            assert self.grammars is not None, "the input processor refuses grammars without a tokenizer"
+            for sequence in sequences:
+                sequence.matcher = self.grammars.matcher(params.structured_outputs)
         try:
             self.scheduler.add(sequences)
         except QueueFullError:
             self.stats.num_rejected += 1
             raise
+        self._num_structured += params.structured_outputs is not None
         self._records[request.request_id] = self.outputs.open(request, sequences)
         self.timeline.open(request, sequences)
         self.stats.on_arrival(request)
@@ -119,19 +149,64 @@ class EngineCore:
         planned = time.perf_counter()
         if plan is None:
             return
+        read_before = self.stats.collect_s + self.stats.commit_s
         now = time.monotonic()
         for item in plan.items:
             if item.sequence.scheduled_ts is None:
                 item.sequence.scheduled_ts = now
         try:
-            step = self.executor.dispatch(plan)
+            step = self._dispatch(plan)
         except Exception as error:
             self._fail_dispatch(plan, error)
             return
+        if step is None:
+            return
         self._in_flight.append(step)
         self._dispatched = True
+        reading = self.stats.collect_s + self.stats.commit_s - read_before
+        dispatch_s = time.perf_counter() - planned - reading
         self.timeline.on_dispatch(plan, now, step.bucket.num_tokens)
-        self.stats.on_dispatch(plan, step.bucket.num_tokens, planned - started, time.perf_counter() - planned)
+        self.stats.on_dispatch(plan, step.bucket.num_tokens, planned - started, dispatch_s)
+
+    def _dispatch(self, plan: StepPlan) -> InFlightStep | None:
+        """Start a step; None if an earlier one failed meanwhile, which voids this one."""
+        if self._num_structured == 0:
+            return self.executor.dispatch(plan)
+        constrained = [item.sequence for item in plan.items if item.samples and item.sequence.matcher is not None]
+        if not constrained:
+            return self.executor.dispatch(plan)
+        started, failed_before = self.executor.forward(plan), self.stats.num_failed_steps
+        # More than this step's own token is pending: a step in flight holds one that the matcher must see first.
+        while self._in_flight and any(sequence.num_pending > 1 for sequence in constrained):
+            self._collect_oldest()
+        if self.stats.num_failed_steps > failed_before:
+            return None
+        return self.executor.sample(started, self._make_mask(plan, started.bucket.num_seqs))
+
+    def _make_mask(self, plan: StepPlan, num_seqs: int) -> np.ndarray | None:
+        """int32[S, W] of rows that follow a grammar; None if all have ended. Ends those for which nothing is left."""
+        assert self._masks is not None
+        rows = [
+            MaskedRow(index, item.sequence.matcher, item.sequence.request)
+            for index, item in enumerate(plan.items)
+            if item.samples and item.sequence.matcher is not None and not item.sequence.finished
+        ]
+        if not rows:
+            return None
+        mask, dead_ends = self._masks.fill(rows, num_seqs)
+        for end in dead_ends:
+            self._end_grammar(plan.items[end.index].sequence, end)
+        return mask
+
+    def _end_grammar(self, sequence: Sequence, end: DeadEnd) -> None:
+        record = self._records[sequence.request.request_id]
+        if end.complete:
+            self.scheduler.finish(sequence, FinishReason.STOP)
+        else:
+            record.error = f"structured_outputs: {end.error}."
+            for other in record.sequences:
+                self.scheduler.finish(other, FinishReason.ERROR)
+        self._touch(record)
 
     def _fail_dispatch(self, plan: StepPlan, error: Exception) -> None:
         """Steps before this one are sound: read them first. If that fails as well, it has voided this plan already."""
@@ -193,7 +268,20 @@ class EngineCore:
             stop = self.outputs.push(record, sequence, committed.token_id)
             if stop is not None:
                 self.scheduler.finish(sequence, FinishReason.STOP, stop)
+            if sequence.matcher is not None:
+                self._advance_grammar(sequence, committed.token_id)
             self._touch(record)
+
+    def _advance_grammar(self, sequence: Sequence, token: int) -> None:
+        """Feed a token that was just committed; ends the sequence if nothing may follow."""
+        matcher = sequence.matcher
+        if matcher is None or sequence.finish_reason not in (None, FinishReason.LENGTH):
+            return
+        matcher.accept((token,))
+        state = matcher.state
+        if state is not MatcherState.OPEN:
+            complete = state is MatcherState.COMPLETE
+            self._end_grammar(sequence, DeadEnd(-1, complete, "" if complete else matcher.error))
 
     def _commit_logprobs(self, sequence: Sequence, token: int, index: int, result: StepResult) -> None:
         asked = sequence.request.params.logprobs
@@ -229,7 +317,7 @@ class EngineCore:
         """The candidates of one position, the chosen token first, as vLLM orders them."""
         tokens, logprobs, ranks = [token], [logprob], [rank]
         for place, (candidate, value) in enumerate(zip(top, top_logprobs, strict=True), start=1):
-            if candidate != token:
+            if candidate != token and value != -math.inf:  # what a grammar forbids is no candidate
                 tokens.append(candidate)
                 logprobs.append(value)
                 ranks.append(place)
@@ -247,6 +335,7 @@ class EngineCore:
             if record.finished:
                 self._records.pop(request_id, None)
                 self.timeline.close(record.request, time.monotonic())
+                self._num_structured -= record.request.params.structured_outputs is not None
                 self.stats.on_finish(record.sequences)
         self._touched.clear()
         return ready

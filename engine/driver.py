@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.core import EngineCore
-from engine.errors import EngineDeadError, QuireError
+from engine.errors import EngineDeadError, InvalidRequestError, QuireError
 from engine.outputs import RequestOutput
 from engine.requests.request import Request
 
@@ -28,6 +28,14 @@ Deliver = Callable[[list[tuple[str, Event]]], None]
 @dataclass(frozen=True)
 class _Add:
     request: Request
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """The grammar of a request is ready, or at fault."""
+
+    request: Request
+    error: BaseException | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class Driver:
         self.core = core
         self.dead: EngineDeadError | None = None
         self._deliver = deliver
-        self._inbox: queue.SimpleQueue[_Add | _Abort | _Call | _Stop] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Add | _Compiled | _Abort | _Call | _Stop] = queue.SimpleQueue()
+        self._compiling: dict[str, bool] = {}  # requests that wait for their grammar -> aborted meanwhile
 
     def add(self, request: Request) -> None:
         """Queue a request. Its outputs, or why it was refused, are delivered as events."""
@@ -117,15 +126,46 @@ class Driver:
                 case _Stop():
                     return False
                 case _Abort(request_id):
+                    if request_id in self._compiling:
+                        self._compiling[request_id] = True
                     self.core.abort(request_id)
                 case _Call():
                     _answer(message)
                 case _Add(request):
-                    try:
-                        self.core.add(request)
-                    except QuireError as error:
-                        self._deliver([(request.request_id, error)])
+                    self._add(request)
+                case _Compiled(request, error):
+                    self._add_compiled(request, error)
         return True
+
+    def _add(self, request: Request) -> None:
+        """Give a request to the core; one that follows a grammar once that is compiled, so that nobody waits for it."""
+        grammars, params = self.core.grammars, request.params.structured_outputs
+        if grammars is None or params is None:
+            self._add_to_core(request)
+            return
+        if request.request_id in self._compiling:
+            error = InvalidRequestError(f"request id {request.request_id!r} is in use by a live request.", "request_id")
+            self._deliver([(request.request_id, error)])
+            return
+        self._compiling[request.request_id] = False
+        grammars.submit(params).add_done_callback(
+            lambda future: self._inbox.put(_Compiled(request, future.exception()))  # in any thread
+        )
+
+    def _add_compiled(self, request: Request, error: BaseException | None) -> None:
+        aborted = self._compiling.pop(request.request_id)
+        if error is not None:
+            self._deliver([(request.request_id, error if isinstance(error, Exception) else RuntimeError(str(error)))])
+            return
+        self._add_to_core(request)
+        if aborted:
+            self.core.abort(request.request_id)
+
+    def _add_to_core(self, request: Request) -> None:
+        try:
+            self.core.add(request)
+        except QuireError as error:
+            self._deliver([(request.request_id, error)])
 
     def _refuse_calls(self) -> None:
         while True:

@@ -227,7 +227,7 @@ class Engine:
         if priority is not None and self.config.scheduler.scheduling_policy != "priority":
             raise InvalidRequestError("priority needs scheduling_policy='priority'.", "priority")
         make = self._parts.inputs.make
-        return [
+        requests = [
             make(
                 prompt,
                 p.replace(output_kind=output_kind),
@@ -235,6 +235,9 @@ class Engine:
             )
             for index, (prompt, p) in enumerate(zip(prompts, per_prompt, strict=True))
         ]
+        if self._core.grammars is not None:
+            self._core.grammars.prepare(r.params.structured_outputs for r in requests)
+        return requests
 
     def _add(self, request: Request) -> deque[RequestOutput]:
         with self._lock:

@@ -137,6 +137,11 @@ class InputProcessor:
         if self.tokenizer is None and (params.stop or params.bad_words):
             name = "stop" if params.stop else "bad_words"
             raise InvalidRequestError(f"{name} needs a tokenizer; this engine has none (skip_tokenizer_init).", name)
+        if self.tokenizer is None and params.structured_outputs is not None:
+            raise InvalidRequestError(
+                "structured_outputs needs a tokenizer; this engine has none (skip_tokenizer_init).",
+                "structured_outputs",
+            )
         room = limits.max_model_len - prompt_len
         if room < 1:
             raise ContextLengthError(

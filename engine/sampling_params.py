@@ -10,6 +10,7 @@ from numbers import Integral
 from typing import Any
 
 from engine.errors import InvalidRequestError
+from engine.structured.params import StructuredOutputsParams
 
 MAX_N = 16384
 MAX_STOP_TOKEN_IDS = 128
@@ -87,10 +88,16 @@ def _items(name: str, value: Any) -> tuple[Any, ...]:
 class SamplingParams:
     """Parameters of one generation.
 
-    Names, defaults and ranges are vLLM's `SamplingParams`. Logits are processed in this order: allowed_token_ids,
-    logit_bias and min_tokens; penalties (repetition, frequency, presence); bad_words; temperature; min_p; top_k;
-    top_p; then Gumbel sampling with a key of (seed, position), so that a request's samples never depend on its batch
-    mates.
+    Names, defaults and ranges are vLLM's `SamplingParams`. Logits are processed in this order: structured_outputs;
+    allowed_token_ids, logit_bias and min_tokens; penalties (repetition, frequency, presence); bad_words; temperature;
+    min_p; top_k; top_p; then Gumbel sampling with a key of (seed, position), so that a request's samples never depend
+    on its batch mates.
+
+    structured_outputs forbids tokens before everything else, so logprobs are, as in vLLM, of what the grammar allows;
+    tokens that it forbids are not among the candidates. A completion ends with reason "stop" as soon as nothing may
+    follow in its grammar, whatever ignore_eos and min_tokens say; before that ignore_eos keeps it going. stop and
+    stop_token_ids end it wherever they appear, complete or not. If a grammar, allowed_token_ids and bad_words together
+    leave no token, the request ends with an error.
 
     Raises:
         InvalidRequestError: on construction, if any field is out of range. Fields that need the vocabulary (token ids)
@@ -122,6 +129,7 @@ class SamplingParams:
     allowed_token_ids: list[int] | tuple[int, ...] | None = None
     bad_words: list[str] | tuple[str, ...] | None = None
     skip_reading_prefix_cache: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -149,6 +157,8 @@ class SamplingParams:
             _boolean(name, getattr(self, name))
         if not isinstance(self.output_kind, RequestOutputKind):
             _refuse("output_kind", f"must be a RequestOutputKind, got {self.output_kind!r}.")
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            _refuse("structured_outputs", f"must be StructuredOutputsParams, got {self.structured_outputs!r}.")
         self._check_lists()
 
     def _normalise(self) -> None:

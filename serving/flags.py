@@ -5,6 +5,7 @@
     stop: list[str] | None          →   --stop TEXT, which may be given again
     stop_token_ids: list[int]       →   --stop-token-ids 1,2,3
     logit_bias: dict[int, float]    →   --logit-bias '{"17": -100}'
+    structured_outputs: …           →   --structured-outputs '{"regex": "[0-9]+"}'
 
 Only flags that were given reach the settings; all other defaults stay with the dataclass. Ranges are checked there too.
 """
@@ -20,7 +21,9 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from engine.config import EngineConfig
+from engine.errors import InvalidRequestError
 from engine.sampling_params import SamplingParams
+from engine.structured.params import StructuredOutputsParams
 
 # `--seed` is the engine's, as in vLLM: it seeds every request that brings no seed of its own.
 SAMPLING_RENAMES = {"seed": "request-seed"}
@@ -51,6 +54,8 @@ SAMPLING_HELP = {
     "allowed_token_ids": "generate only these tokens",
     "bad_words": "never generate this text; may be given again",
     "skip_reading_prefix_cache": "compute the prompt anew even if it is cached",
+    "structured_outputs": "what the output must look like, as a JSON object: one of json (a schema), regex, choice, "
+    "grammar, json_object, structural_tag, and options",
 }
 
 ENGINE = "engine"
@@ -137,6 +142,8 @@ def _options(hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
         return {"choices": choices}
     if bool in members:
         return {"action": argparse.BooleanOptionalAction}
+    if StructuredOutputsParams in members:
+        return {"type": _structured_outputs, "metavar": "JSON"}
     if dict[int, float] in members:
         return {"type": _token_map, "metavar": "JSON"}
     if list[int] in members:
@@ -173,12 +180,26 @@ def _integers(text: str) -> list[int]:
 
 
 def _token_map(text: str) -> dict[str, Any]:
+    return _json_object(text, '{"17": -100}')
+
+
+def _structured_outputs(text: str) -> StructuredOutputsParams:
+    fields, known = _json_object(text, '{"regex": "[0-9]+"}'), StructuredOutputsParams.field_names()
+    if unknown := sorted(set(fields) - set(known)):
+        raise argparse.ArgumentTypeError(f"unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
+    try:
+        return StructuredOutputsParams(**fields)
+    except InvalidRequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _json_object(text: str, example: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"17\": -100}}'")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{example}'")
     return value
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from engine.outputs import TokenLogprobs
 from engine.requests.request import Request
+from engine.structured.matcher import GrammarMatcher
 
 
 class SequenceStatus(enum.Enum):
@@ -56,6 +57,7 @@ class Sequence:
         num_sent_blocks: leading entries of the block table that the device already has in that row.
         num_cached_tokens: prompt tokens found in the prefix cache at first admission.
         num_preemptions: how often it lost its blocks.
+        matcher: where it stands in its grammar, if it follows one: all of `output_token_ids` are accepted.
         finish_reason, stop_reason: set once, by `finish`.
     """
 
@@ -76,6 +78,7 @@ class Sequence:
     num_sent_blocks: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    matcher: GrammarMatcher | None = None
     scheduled_ts: float | None = None
     first_token_ts: float | None = None
     last_token_ts: float | None = None

@@ -19,7 +19,8 @@ from engine.runtime.packing import UPDATE_WIDTH, StepLayout
 from engine.runtime.progress import Report
 from engine.runtime.sampling import SamplerVariant, make_state, state_size_bytes, warm_up_rows
 from engine.runtime.sampling.inputs import WIDTH
-from engine.runtime.step import PROMPT_LOGPROB_ROWS, forward, sample_step, score_prompt, update_tables
+from engine.runtime.step import PROMPT_LOGPROB_ROWS, forward, mask_logits, sample_step, score_prompt, update_tables
+from engine.structured.masks import mask_width
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.functional import FunctionalModel, Params
@@ -120,6 +121,13 @@ class ModelProgram:
         sampling = jax.ShapeDtypeStruct((num_seqs, WIDTH), jnp.int32)
         return sample_step.lower(logits, sampling, state, variant=variant)
 
+    def lower_mask(self, num_seqs: int) -> Any:
+        """Trace and lower the grammar mask of so many sequences."""
+        logits = jax.ShapeDtypeStruct((num_seqs, self.config.vocab_size), jnp.float32)
+        return mask_logits.lower(
+            logits, jax.ShapeDtypeStruct((num_seqs, mask_width(self.config.vocab_size)), jnp.int32)
+        )
+
     @property
     def largest(self) -> Bucket:
         """The bucket with the most work space."""
@@ -142,6 +150,10 @@ class Executables:
     def sample(self, num_seqs: int, variant: SamplerVariant) -> Compiled:
         """(logits, sampling, state) -> (sampled, state)."""
         return self._compiled["sample", num_seqs, variant]
+
+    def mask(self, num_seqs: int) -> Compiled:
+        """(logits, mask) -> logits."""
+        return self._compiled["mask", num_seqs]
 
     @property
     def score(self) -> Compiled:
@@ -174,6 +186,7 @@ def compile_program(program: ModelProgram, params: Params, config: CompileConfig
         for variant in SamplerVariant:
             name = f"{variant.name.lower()} sampling of {seqs} sequences"
             job(("sample", seqs, variant), name, partial(program.lower_sample, seqs, variant))
+        job(("mask", seqs), f"grammar masks of {seqs} sequences", partial(program.lower_mask, seqs))
     hidden = array((PROMPT_LOGPROB_ROWS, program.config.hidden_size), program.limits.dtype)
     targets = array((PROMPT_LOGPROB_ROWS,), jnp.int32)
     job("score", "prompt scores", partial(score_prompt.lower, _shapes(params), hidden, targets, model=program.model))

@@ -21,6 +21,7 @@ from engine.runtime.sampling import (
     NUM_TOP,
     LogprobArrays,
     SampledTokens,
+    SamplerVariant,
     choose_variant,
     needs_state,
     pack_params,
@@ -53,13 +54,35 @@ class PromptScore:
 
 
 @dataclass(frozen=True)
+class StartedStep:
+    """A step whose forward pass was dispatched and whose sampling was not.
+
+    Attributes:
+        plan: the step.
+        bucket: T tokens, S sequences.
+        variant: of the sampler.
+        logits: float32[S, V], of each sequence's last token.
+        hidden: [T, E] after the final norm.
+        sampling: int32[S, W], sampling parameters.
+    """
+
+    plan: StepPlan
+    bucket: Bucket
+    variant: SamplerVariant
+    logits: jax.Array
+    hidden: jax.Array
+    sampling: jax.Array
+
+
+@dataclass(frozen=True)
 class InFlightStep:
     """A dispatched step. Its arrays are promises until `Executor.collect`.
 
     Attributes:
         plan: the step.
         sampled: what was sampled, per sequence of the bucket.
-        logits: float32[S, V] if a sampling sequence asks for more candidates than the sampler returns.
+        logits: float32[S, V], masked by grammars, if a sampling sequence asks for more candidates than the sampler
+            returns.
         hidden: [T, E] if a sequence asks for the logprobs of its prompt.
         bucket: the shape that it runs in.
     """
@@ -120,6 +143,10 @@ class Executor:
 
     def dispatch(self, plan: StepPlan) -> InFlightStep:
         """Start one step and return at once."""
+        return self.sample(self.forward(plan))
+
+    def forward(self, plan: StepPlan) -> StartedStep:
+        """Start the forward pass of one step and return at once. `sample` must follow before the next step's."""
         bucket = self.program.buckets.choose(plan.num_tokens, len(plan.items))
         layout = self.program.layout(bucket)
         for item in plan.items:
@@ -134,8 +161,21 @@ class Executor:
         hidden, logits, sampling, self._forward_state = self._run.forward(bucket)(
             self._params, self._forward_state, self._sample_state.last_token, packed
         )
-        variant = choose_variant(sampling_rows)
-        sampled, self._sample_state = self._run.sample(bucket.num_seqs, variant)(logits, sampling, self._sample_state)
+        return StartedStep(plan, bucket, choose_variant(sampling_rows), logits, hidden, sampling)
+
+    def sample(self, started: StartedStep, mask: np.ndarray | None = None) -> InFlightStep:
+        """Start the sampling of a step and return at once.
+
+        Args:
+            started: whose forward pass runs.
+            mask: int32[S, W], a bit per token, if a sequence follows a grammar; not changed afterwards, since the
+                device may read it in place.
+        """
+        plan, logits, hidden = started.plan, started.logits, started.hidden
+        if mask is not None:
+            logits = self._run.mask(started.bucket.num_seqs)(logits, mask)
+        sample = self._run.sample(started.bucket.num_seqs, started.variant)
+        sampled, self._sample_state = sample(logits, started.sampling, self._sample_state)
         step = InFlightStep(
             plan,
             sampled,
@@ -143,7 +183,7 @@ class Executor:
             if any(i.samples and needs_full_logprobs(i.sequence.request.params.logprobs) for i in plan.items)
             else None,
             hidden if any(i.sequence.prompt_logprobs is not None for i in plan.items) else None,
-            bucket,
+            started.bucket,
         )
         jax.tree.map(lambda array: array.copy_to_host_async(), step.sampled)
         return step

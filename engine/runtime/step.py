@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from engine.runtime.device_state import ForwardState, SampleState
 from engine.runtime.packing import StepLayout, token_rows
@@ -60,6 +61,22 @@ def update_tables(state: ForwardState, updates: jax.Array) -> ForwardState:
     """
     tables = state.block_tables.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="promise_in_bounds")
     return ForwardState(state.cache, tables)
+
+
+@partial(jax.jit, donate_argnames=("logits",))
+def mask_logits(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Ban the tokens that a grammar forbids.
+
+    Args:
+        logits: float32[S, V], donated.
+        mask: int32[S, W], W = ceil(V / 32); bit t % 32 of word t // 32 is 1 if token t may follow.
+
+    Returns:
+        float32[S, V], -inf where the bit is 0.
+    """
+    bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+    allowed = bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] != 0
+    return jnp.where(allowed, logits, -jnp.inf)
 
 
 @partial(jax.jit, static_argnames=("variant",), donate_argnames=("state",))
