@@ -20,7 +20,8 @@ from engine.builder import BuiltEngine, build_engine
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, InvalidRequestError, QuireError, RequestFailedError
 from engine.input_processor import Prompt
-from engine.outputs import RequestOutput
+from engine.outputs import EmbeddingOutput, RequestOutput
+from engine.pooling import Pooling, PoolingParams
 from engine.requests.request import Request
 from engine.sampling_params import RequestOutputKind, SamplingParams
 from engine.snapshot import snapshot
@@ -108,6 +109,27 @@ class AsyncEngine:
         finally:
             if not finished:
                 self._inbox.put(_Abort(request.request_id))
+
+    async def embed(
+        self, prompt: Prompt, *, pooling: Pooling = "last", normalize: bool = True, request_id: str | None = None
+    ) -> EmbeddingOutput:
+        """The pooled hidden states of a prompt, after the final norm. Cancellation aborts the request.
+
+        Raises:
+            As `generate`; RequestFailedError also if the request was aborted.
+        """
+        self._require_alive()
+        self._enter_loop()
+        request = self._built.inputs.make_pooled(prompt, PoolingParams(pooling, normalize), request_id=request_id)
+        stream = self._open(request)
+        try:
+            event = await stream.get()  # there is one: it comes when the prompt is computed
+        except asyncio.CancelledError:
+            self.abort(request.request_id)
+            raise
+        if isinstance(event, Exception):
+            raise event
+        return EmbeddingOutput.of(event)
 
     def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output with finish reason "abort"."""
