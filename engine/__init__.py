@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from engine.config import EngineConfig
-from engine.outputs import BeamSearchOutput, CompletionOutput, Logprob, RequestOutput
+from engine.outputs import BeamSearchOutput, CompletionOutput, EmbeddingOutput, Logprob, RequestOutput
 from engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from engine.structured.params import StructuredOutputsParams
 
@@ -29,6 +29,7 @@ __all__ = [
     "BeamSearchOutput",
     "BeamSearchParams",
     "CompletionOutput",
+    "EmbeddingOutput",
     "Engine",
     "EngineConfig",
     "Logprob",

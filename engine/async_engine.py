@@ -18,7 +18,8 @@ from engine.config import EngineConfig
 from engine.driver import Driver, Event
 from engine.errors import EngineDeadError, InvalidRequestError, RequestFailedError
 from engine.input_processor import Prompt
-from engine.outputs import RequestOutput
+from engine.outputs import EmbeddingOutput, RequestOutput
+from engine.pooling import Pooling, PoolingParams
 from engine.requests.request import Request
 from engine.sampling_params import RequestOutputKind, SamplingParams
 from engine.stream import OutputStream, as_deltas
@@ -90,6 +91,25 @@ class AsyncEngine:
         finally:
             if not finished:
                 self._driver.abort(request.request_id)
+
+    async def embed(
+        self, prompt: Prompt, *, pooling: Pooling = "last", normalize: bool = True, request_id: str | None = None
+    ) -> EmbeddingOutput:
+        """The pooled hidden states of a prompt, after the final norm. Cancellation aborts the request.
+
+        Raises:
+            As `generate`; RequestFailedError also if the request was aborted.
+        """
+        self._require_alive()
+        self._enter_loop()
+        request = self._built.inputs.make_pooled(prompt, PoolingParams(pooling, normalize), request_id=request_id)
+        stream = self._open(request)
+        try:
+            output = await stream.get()  # there is one: it comes when the prompt is computed
+        except asyncio.CancelledError:
+            self.abort(request.request_id)
+            raise
+        return EmbeddingOutput.of(output)
 
     def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output with finish reason "abort"."""

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from engine.input_processor import Prompt
-from engine.outputs import RequestOutput
+from engine.outputs import EmbeddingOutput, RequestOutput
+from engine.pooling import Pooling
 from engine.sampling_params import SamplingParams
 from engine.text.tokenizer import Tokenizer
 
-Pooling = Literal["last", "mean"]
+__all__ = [
+    "EmbeddingOutput",
+    "EngineClient",
+    "EngineInfo",
+    "Pooling",
+    "RequestTimeline",
+    "StepEvent",
+]
 
 
 @dataclass(frozen=True)
@@ -48,21 +56,6 @@ class EngineInfo:
     priorities: bool
     default_sampling: SamplingParams
     description: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EmbeddingOutput:
-    """A pooled hidden state.
-
-    Attributes:
-        embedding: float32[E], L2-normalised unless that was not wanted.
-        num_prompt_tokens, num_cached_tokens: of the prompt.
-    """
-
-    request_id: str
-    embedding: tuple[float, ...]
-    num_prompt_tokens: int
-    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

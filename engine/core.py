@@ -31,6 +31,7 @@ from engine.outputs import RequestOutput
 from engine.requests.request import Request
 from engine.requests.sequence import FinishReason, Sequence
 from engine.runtime.executor import Executor, InFlightStep, PromptScore, StepResult, needs_full_logprobs
+from engine.runtime.pooling import PooledPart
 from engine.scheduling.plan import StepPlan
 from engine.scheduling.scheduler import Scheduler
 from engine.structured.compiler import GrammarCompiler
@@ -255,6 +256,8 @@ class EngineCore:
     def _commit(self, result: StepResult) -> None:
         for score in result.prompt_scores:
             self._commit_prompt_score(score)
+        for part in result.pooled:
+            self._commit_pooled(part)
         tokens = result.tokens.tolist()
         for committed in self.scheduler.commit(result.plan, tokens):
             sequence = committed.sequence
@@ -282,6 +285,15 @@ class EngineCore:
         if state is not MatcherState.OPEN:
             complete = state is MatcherState.COMPLETE
             self._end_grammar(sequence, DeadEnd(-1, complete, "" if complete else matcher.error))
+
+    def _commit_pooled(self, part: PooledPart) -> None:
+        """Add to a sum, before the scheduler ends the sequence. A sum that begins anew forgets what was before."""
+        if part.sequence.finished:
+            return
+        record = self._records[part.sequence.request.request_id]
+        record.pooled = part.total if part.start == 0 or record.pooled is None else record.pooled + part.total
+        if part.is_last:
+            self._touch(record)
 
     def _commit_logprobs(self, sequence: Sequence, token: int, index: int, result: StepResult) -> None:
         asked = sequence.request.params.logprobs

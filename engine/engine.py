@@ -16,7 +16,8 @@ from engine.builder import BuiltEngine, build_engine
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, InvalidRequestError, RequestFailedError
 from engine.input_processor import Prompt
-from engine.outputs import BeamSearchOutput, RequestOutput
+from engine.outputs import BeamSearchOutput, EmbeddingOutput, RequestOutput
+from engine.pooling import Pooling, PoolingParams
 from engine.requests.request import Request
 from engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
@@ -121,6 +122,33 @@ class Engine:
                     return
         finally:
             self._drop([request])
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        use_tqdm: bool = False,
+    ) -> list[EmbeddingOutput]:
+        """The pooled hidden states of prompts, after the final norm; all of them run together.
+
+        Args:
+            prompts: as in `generate`; a prompt may have `max_model_len` tokens.
+            pooling: "last" token's, or the "mean" over the prompt.
+            normalize: divide by the L2 norm.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            One embedding per prompt, in order.
+
+        Raises:
+            InvalidRequestError: a prompt or parameter is invalid; then nothing was started.
+            RequestFailedError: a step failed.
+        """
+        params = PoolingParams(pooling, normalize)
+        requests = [self._parts.inputs.make_pooled(prompt, params) for prompt in _prompt_list(prompts)]
+        return [EmbeddingOutput.of(output) for output in self._run(requests, use_tqdm)]
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
         """The `beam_width` most probable completions of each prompt."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import ContextLengthError, InvalidRequestError
+from engine.pooling import PoolingParams
 from engine.requests.constraints import check_constraints
 from engine.requests.request import Request
 from engine.sampling_params import SamplingParams
@@ -63,14 +64,12 @@ class InputProcessor:
             raise InvalidRequestError(f"sampling_params must be SamplingParams, got {params!r}.", "sampling_params")
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidRequestError(f"priority must be an integer, got {priority!r}.", "priority")
-        if request_id is not None and (not isinstance(request_id, str) or not request_id):
-            raise InvalidRequestError(f"request_id must be a non-empty string, got {request_id!r}.", "request_id")
         text, token_ids, salt = self._parse(prompt)
         params = self._bound(params, len(token_ids))
         eos, bad_words = () if params.ignore_eos else self.limits.eos_token_ids, self._bad_words(params)
         check_constraints(params, bad_words, (*(params.stop_token_ids or ()), *eos))
         return Request(
-            request_id=request_id if request_id is not None else f"req-{next(self._ids)}",
+            request_id=self._name(request_id),
             prompt=text,
             prompt_token_ids=token_ids,
             params=params,
@@ -81,6 +80,42 @@ class InputProcessor:
             cache_salt=salt,
             arrival_time=arrival,
         )
+
+    def make_pooled(self, prompt: Prompt, pooling: PoolingParams, *, request_id: str | None = None) -> Request:
+        """Check a prompt and make a request that is only pooled.
+
+        Raises:
+            InvalidRequestError: as `make`.
+            ContextLengthError: the prompt is longer than `max_model_len`.
+        """
+        arrival = time.monotonic()
+        name = self._name(request_id)
+        text, token_ids, salt = self._parse(prompt)
+        if len(token_ids) > self.limits.max_model_len:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.limits.max_model_len} tokens. However, your prompt "
+                f"contains {len(token_ids)} tokens."
+            )
+        return Request(
+            request_id=name,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=pooling.sampling,
+            eos_token_ids=(),
+            bad_word_ids=(),
+            seed=0,
+            priority=0,
+            cache_salt=salt,
+            arrival_time=arrival,
+            pooling=pooling,
+        )
+
+    def _name(self, request_id: str | None) -> str:
+        if request_id is None:
+            return f"req-{next(self._ids)}"
+        if not isinstance(request_id, str) or not request_id:
+            raise InvalidRequestError(f"request_id must be a non-empty string, got {request_id!r}.", "request_id")
+        return request_id
 
     def _parse(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...], str | None]:
         salt = None

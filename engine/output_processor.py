@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
+from engine.pooling import finish_pooling
 from engine.requests.request import Request
 from engine.requests.sequence import FinishReason, Sequence
 from engine.sampling_params import RequestOutputKind
@@ -31,12 +34,14 @@ class RequestRecord:
         request: what was asked.
         completions: in order of their index.
         error: why it failed, if it did.
+        pooled: float32[E], sum of the hidden states that count so far; None unless it is a pooled request.
         reported: True once its final output was made.
     """
 
     request: Request
     completions: list[_Completion] = field(default_factory=list)
     error: str | None = None
+    pooled: np.ndarray | None = None
     reported: bool = False
 
     @property
@@ -104,6 +109,7 @@ class OutputProcessor:
             num_cached_tokens=first.num_cached_tokens,
             metrics=_metrics(record),
             error=record.error,
+            embedding=_embedding(record),
         )
 
     def _completion(self, completion: _Completion, kind: RequestOutputKind) -> CompletionOutput:
@@ -134,6 +140,13 @@ class OutputProcessor:
             token: Logprob(logprob, rank, None if decode is None else decode(token))
             for token, logprob, rank in zip(token_ids, logprobs, ranks, strict=True)
         }
+
+
+def _embedding(record: RequestRecord) -> tuple[float, ...] | None:
+    request, ended_by_itself = record.request, record.completions[0].sequence.finish_reason is FinishReason.STOP
+    if request.pooling is None or record.pooled is None or not ended_by_itself:
+        return None
+    return finish_pooling(record.pooled, request.num_prompt_tokens, request.pooling)
 
 
 def _metrics(record: RequestRecord) -> RequestMetrics:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from engine.errors import RequestFailedError
+
 
 @dataclass(frozen=True)
 class Logprob:
@@ -96,7 +98,7 @@ def _between(start: float | None, stop: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """The state of one request, as vLLM's `RequestOutput`."""
+    """The state of one request, as vLLM's `RequestOutput`; `embedding` is float32[E], the result of a pooled one."""
 
     request_id: str
     prompt: str | None
@@ -107,6 +109,36 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     error: str | None = None
+    embedding: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """A pooled hidden state.
+
+    Attributes:
+        embedding: float32[E], L2-normalised unless that was not wanted.
+        num_prompt_tokens, num_cached_tokens: of the prompt.
+    """
+
+    request_id: str
+    embedding: tuple[float, ...]
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> EmbeddingOutput:
+        """The result of a pooled request.
+
+        Args:
+            output: its last one.
+
+        Raises:
+            RequestFailedError: there is no result: a step failed, or the request was aborted.
+        """
+        if output.embedding is None:
+            raise RequestFailedError(output.error or f"request {output.request_id!r} was aborted.")
+        return cls(output.request_id, output.embedding, len(output.prompt_token_ids), output.num_cached_tokens)
 
 
 @dataclass(frozen=True)

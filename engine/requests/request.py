@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.pooling import PoolingParams
 from engine.sampling_params import SamplingParams
 
 
@@ -22,6 +23,8 @@ class Request:
         priority: lower goes first (only with the priority policy).
         cache_salt: requests with different salts never share KV blocks.
         arrival_time: seconds, `time.monotonic()`.
+        pooling: how its hidden states are pooled; None = it generates. A pooled request has `params` of one token,
+            which is never sampled: its prompt may be `max_model_len` long.
     """
 
     request_id: str
@@ -34,6 +37,7 @@ class Request:
     priority: int
     cache_salt: str | None
     arrival_time: float
+    pooling: PoolingParams | None = None
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -16,6 +16,7 @@ from engine.runtime.compile import compile_all
 from engine.runtime.device_state import ForwardState, SampleState, make_forward_state, make_sample_state
 from engine.runtime.limits import RuntimeLimits
 from engine.runtime.packing import UPDATE_WIDTH, StepLayout
+from engine.runtime.pooling import POOL_ROWS, pool_rows
 from engine.runtime.progress import Report
 from engine.runtime.sampling import SamplerVariant, make_state, state_size_bytes, warm_up_rows
 from engine.runtime.sampling.inputs import WIDTH
@@ -155,6 +156,10 @@ class Executables:
         """(logits, mask) -> logits."""
         return self._compiled["mask", num_seqs]
 
+    def pool(self, num_tokens: int) -> Compiled:
+        """(hidden [T, E], ranges [P, 2]) -> sums [P, E], P = `POOL_ROWS`."""
+        return self._compiled["pool", num_tokens]
+
     @property
     def score(self) -> Compiled:
         """(params, hidden [C, E], targets [C]) -> (logits, scores), C = `PROMPT_LOGPROB_ROWS`."""
@@ -190,6 +195,10 @@ def compile_program(program: ModelProgram, params: Params, config: CompileConfig
     hidden = array((PROMPT_LOGPROB_ROWS, program.config.hidden_size), program.limits.dtype)
     targets = array((PROMPT_LOGPROB_ROWS,), jnp.int32)
     job("score", "prompt scores", partial(score_prompt.lower, _shapes(params), hidden, targets, model=program.model))
+    ranges = array((POOL_ROWS, 2), jnp.int32)
+    for tokens in sorted({b.num_tokens for b in buckets.all()}):
+        states = array((tokens, program.config.hidden_size), program.limits.dtype)
+        job(("pool", tokens), f"pooling of {tokens} tokens", partial(pool_rows.lower, states, ranges))
     updates = array((TABLE_UPDATES, UPDATE_WIDTH), jnp.int32)
     job("update_tables", "block table updates", partial(update_tables.lower, forward_state, updates))
     return Executables(compile_all(jobs, config, report))

@@ -17,6 +17,7 @@ from engine.runtime.buckets import Bucket
 from engine.runtime.device_state import SampleState
 from engine.runtime.executables import TABLE_UPDATES, Executables, ModelProgram
 from engine.runtime.packing import UPDATE_WIDTH, block_updates, pack_step
+from engine.runtime.pooling import PooledGroup, PooledPart, pool_step
 from engine.runtime.sampling import (
     NUM_TOP,
     LogprobArrays,
@@ -85,6 +86,7 @@ class InFlightStep:
             returns.
         hidden: [T, E] if a sequence asks for the logprobs of its prompt.
         bucket: the shape that it runs in.
+        pooled: sums of hidden states of the pooled sequences.
     """
 
     plan: StepPlan
@@ -92,6 +94,7 @@ class InFlightStep:
     logits: jax.Array | None
     hidden: jax.Array | None
     bucket: Bucket
+    pooled: tuple[PooledGroup, ...]
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class StepResult:
         sampled: all of the sampler's outputs, rows as the plan's items.
         full_logprobs: float32[S, V] or None.
         prompt_scores: parts of prompts that were scored.
+        pooled: parts of the sums of pooled sequences.
     """
 
     plan: StepPlan
@@ -111,6 +115,7 @@ class StepResult:
     sampled: SampledTokens
     full_logprobs: np.ndarray | None
     prompt_scores: tuple[PromptScore, ...]
+    pooled: tuple[PooledPart, ...]
 
 
 def needs_full_logprobs(asked: int | None) -> bool:
@@ -184,6 +189,7 @@ class Executor:
             else None,
             hidden if any(i.sequence.prompt_logprobs is not None for i in plan.items) else None,
             started.bucket,
+            pool_step(plan, hidden, self._run.pool(started.bucket.num_tokens)),
         )
         jax.tree.map(lambda array: array.copy_to_host_async(), step.sampled)
         return step
@@ -194,7 +200,8 @@ class Executor:
         tokens = sampled.token[: len(step.plan.items)]
         full = None if step.logits is None else _log_softmax(step.logits)
         scores = () if step.hidden is None else tuple(self._score_prompts(step.plan, np.asarray(step.hidden)))
-        return StepResult(step.plan, tokens, sampled, full, scores)
+        pooled = tuple(part for group in step.pooled for part in group.parts())
+        return StepResult(step.plan, tokens, sampled, full, scores, pooled)
 
     def _update_tables(self, updates: list[tuple[int, int, int]]) -> None:
         packed = np.zeros((TABLE_UPDATES, UPDATE_WIDTH), np.int32)
@@ -211,10 +218,12 @@ class Executor:
             self._sample_state = SampleState(self._sample_state.last_token, sampler)
 
     def _sampling_rows(self, plan: StepPlan, num_seqs: int) -> np.ndarray:
-        """int32[S, W]; sequences that do not sample, and padding, carry the padding row."""
+        """int32[S, W]; sequences that do not sample (a chunk, or only pooled), and padding, carry the padding row."""
         padding = self.program.limits.max_num_seqs
         rows = np.full(num_seqs, padding, np.int32)
-        rows[: len(plan.items)] = [item.row if item.samples else padding for item in plan.items]
+        rows[: len(plan.items)] = [
+            item.row if item.samples and item.sequence.request.pooling is None else padding for item in plan.items
+        ]
         block = self._row_params[rows]
         block[:, Column.ROW] = rows
         block[: len(plan.items), Column.POSITION] = [item.start + item.num_tokens for item in plan.items]

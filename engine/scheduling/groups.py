@@ -82,7 +82,7 @@ class RequestGroups:
         if request.request_id in self._groups:
             message = f"request_id {request.request_id!r} is in use by a request that has not ended."
             raise InvalidRequestError(message, parameter="request_id")
-        self._check_length(request.num_prompt_tokens)
+        self._check_length(request)
         self._check_queue(request.num_prompt_tokens)
         private_to = None if self._limits.enable_prefix_caching else self._num_added
         block_size = self._limits.block_size
@@ -115,12 +115,17 @@ class RequestGroups:
             self.note_admitted(group)
             del self._groups[group.request.request_id]
 
-    def _check_length(self, num_prompt_tokens: int) -> None:
-        limits = self._limits
-        if num_prompt_tokens >= limits.max_model_len:
+    def _check_length(self, request: Request) -> None:
+        limits, num_prompt_tokens = self._limits, request.num_prompt_tokens
+        if request.pooling is None and num_prompt_tokens >= limits.max_model_len:
             raise ContextLengthError(
                 f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt contains "
                 f"{num_prompt_tokens} tokens, and at least one is needed for the output."
+            )
+        if num_prompt_tokens > limits.max_model_len:
+            raise ContextLengthError(
+                f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt contains "
+                f"{num_prompt_tokens} tokens."
             )
         if num_prompt_tokens > self._capacity_tokens:
             raise ContextLengthError(

@@ -16,7 +16,8 @@ class ScheduledSequence(NamedTuple):
         row: its row of the device state.
         start: position of the first token computed; equals the sequence's `num_computed` before the step.
         num_tokens: how many tokens are computed: positions `[start, start + num_tokens)`.
-        samples: True if computed catches up with known, so that the step samples the next token.
+        samples: True if computed catches up with known, so that the step samples the next token (or, of a pooled
+            sequence, gives its result).
         first_new_block: index into the block table of the first entry that the device has not been told yet.
         starts_row: True if the sequence takes over its row in this step (admission or return after preemption).
     """

@@ -216,7 +216,8 @@ class Scheduler:
         return ScheduledSequence(sequence, sequence.row, start, num_tokens, samples, num_sent_blocks, starts_row)
 
     def _wants_tokens(self, sequence: Sequence) -> bool:
-        return sequence.wants_tokens and sequence.num_known < self.max_len
+        # A pooled prompt may be as long as a sequence can be: nothing follows it.
+        return sequence.wants_tokens and (sequence.num_known < self.max_len or sequence.request.pooling is not None)
 
     def _register_fixed(self, sequence: Sequence) -> None:
         # Called for every sequence in every step: the first, cheap look says no in all but a few of them.
@@ -267,6 +268,9 @@ class Scheduler:
             if token is None:
                 raise ValueError(f"plan {plan.step_id}: item {index} samples, but no token came")
             sequence.num_pending -= 1
+            if sequence.request.pooling is not None:  # its prompt is computed: that was all
+                self._end(sequence, FinishReason.STOP)
+                continue
             sequence.output_token_ids.append(token)
             committed.append(CommittedToken(sequence, token, index))
             self._register_fixed(sequence)  # a block of which this token was the last unknown one
