@@ -16,13 +16,13 @@ from engine.builder import BuiltEngine, build_engine
 from engine.client import EngineInfo, RequestTimeline, StepEvent
 from engine.config import EngineConfig
 from engine.driver import Driver, Event
-from engine.errors import EngineDeadError, InvalidRequestError, RequestFailedError
+from engine.errors import EngineDeadError, InvalidRequestError
 from engine.input_processor import Prompt
 from engine.outputs import EmbeddingOutput, RequestOutput
 from engine.pooling import Pooling, PoolingParams
 from engine.requests.request import Request
 from engine.sampling_params import RequestOutputKind, SamplingParams
-from engine.stream import OutputStream, as_deltas
+from engine.stream import OutputStream, as_deltas, make_request
 from engine.text.tokenizer import Tokenizer
 
 
@@ -73,23 +73,15 @@ class AsyncEngine:
         """
         self._require_alive()
         self._enter_loop()
-        if priority != 0 and not self._info.priorities:
-            raise InvalidRequestError("priority needs scheduling_policy='priority'.", "priority")
-        params = sampling_params
-        if params is None:
-            params = self._built.default_sampling.replace(output_kind=RequestOutputKind.DELTA)
-        request = self._built.inputs.make(prompt, params, request_id=request_id, priority=priority)
+        request = make_request(
+            self._info, self._built.inputs, prompt, sampling_params, request_id=request_id, priority=priority
+        )
         stream = self._open(request)
-        finished = False
         try:
-            while not finished:
-                output = await stream.get()
-                finished = output.finished
-                if output.error is not None:
-                    raise RequestFailedError(output.error)
-                yield output
+            while not stream.ended:
+                yield await stream.get()
         finally:
-            if not finished:
+            if not stream.ended:
                 self._driver.abort(request.request_id)
 
     async def embed(

@@ -1,4 +1,5 @@
-"""`OutputStream`: what waits for one consumer, merged into one output however slow it is. No jax.
+"""What both kinds of asynchronous engine do around a request: make it, and merge what waits for its consumer into one
+output, however slow that is (`OutputStream`). No jax.
 
 The engine gives deltas. A consumer that keeps up gets each of them as it is; one that does not gets their sum. Whoever
 asked for cumulative outputs gets them from here too: the sum is then never emptied.
@@ -9,9 +10,33 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field, replace
 
+from engine.client import EngineInfo
+from engine.errors import InvalidRequestError, RequestFailedError
+from engine.input_processor import InputProcessor, Prompt
 from engine.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from engine.requests.request import Request
-from engine.sampling_params import RequestOutputKind
+from engine.sampling_params import RequestOutputKind, SamplingParams
+
+
+def make_request(
+    info: EngineInfo,
+    inputs: InputProcessor,
+    prompt: Prompt,
+    params: SamplingParams | None,
+    *,
+    request_id: str | None,
+    priority: int,
+) -> Request:
+    """Check a prompt with its parameters, or with the model's recommended ones, and make the request.
+
+    Raises:
+        InvalidRequestError, ContextLengthError: as `InputProcessor.make`; or a priority that nobody would look at.
+    """
+    if priority != 0 and not info.priorities:
+        raise InvalidRequestError("priority needs scheduling_policy='priority'.", "priority")
+    if params is None:
+        params = info.default_sampling.replace(output_kind=RequestOutputKind.DELTA)
+    return inputs.make(prompt, params, request_id=request_id, priority=priority)
 
 
 def as_deltas(request: Request) -> Request:
@@ -64,9 +89,13 @@ class OutputStream:
 
     Args:
         cumulative: each output carries everything so far, not only what is new.
+
+    Attributes:
+        ended: the consumer has been given the last output, or an exception.
     """
 
     def __init__(self, *, cumulative: bool) -> None:
+        self.ended = False
         self._cumulative = cumulative
         self._newest: RequestOutput | None = None  # what is not a sum is taken from it
         self._sums: dict[int, _Sum] | None = None  # by index; None while the newest output is all there is
@@ -92,10 +121,12 @@ class OutputStream:
         """Everything that came since the last look; waits for something.
 
         Raises:
+            RequestFailedError: the request ended with an error.
             Whatever `fail` was given.
         """
         while self._newest is None:
             if self._error is not None:
+                self.ended = True
                 raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -103,6 +134,9 @@ class OutputStream:
             finally:
                 self._waiter = None
         output, self._newest = self._newest, None
+        self.ended = output.finished
+        if output.error is not None:
+            raise RequestFailedError(output.error)
         if self._sums is None:
             return output
         totals = [total.total() for _, total in sorted(self._sums.items())]
