@@ -12,6 +12,7 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
+from engine.structured.params import StructuredOutputsParams
 from serving import flags
 
 
@@ -83,6 +84,11 @@ def test_each_type_parses() -> None:
         ["--stop-token-ids", "1,x"],
         ["--logit-bias", "{"],
         ["--logit-bias", "[1]"],
+        ["--structured-outputs", "[0-9]+"],
+        ["--structured-outputs", '["a"]'],
+        ["--structured-outputs", '{"regexp": "a"}'],
+        ["--structured-outputs", '{"regex": "a", "choice": ["b"]}'],
+        ["--structured-outputs", "[" * 100_000],
     ],
 )
 def test_what_cannot_be_parsed_is_refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +96,12 @@ def test_what_cannot_be_parsed_is_refused(args: list[str], capsys: pytest.Captur
         parse(*args)
     assert stopped.value.code == 2
     assert f"argument {args[0]}:" in capsys.readouterr().err
+
+
+def test_structured_outputs_are_one_json_object() -> None:
+    args = parse("--structured-outputs", '{"json": {"type": "integer"}, "disable_any_whitespace": true}')
+    expected = StructuredOutputsParams(json={"type": "integer"}, disable_any_whitespace=True)
+    assert SamplingParams(**flags.sampling_settings(args)).structured_outputs == expected
 
 
 def test_defaults_and_percent_signs_show_in_the_help() -> None:

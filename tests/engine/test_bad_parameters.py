@@ -60,6 +60,7 @@ BAD: dict[str, list[tuple[list[Any], str]]] = {
         ([[""], [5], [None]], "non-empty strings"),
         ([["a"] * 129], "at most 128"),
     ],
+    "structured_outputs": [([{"regex": "a"}, "[0-9]+", 5], "StructuredOutputsParams")],
 }
 CASES = [(field, value, allowed) for field, rows in BAD.items() for values, allowed in rows for value in values]
 

@@ -14,6 +14,7 @@ from engine.core import EngineCore
 from engine.engine import Engine
 from engine.runtime.executor import Executor
 from engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from engine.structured.params import StructuredOutputsParams
 from tests.engine.conftest import EngineShelf
 from tests.engine.helpers import VOCAB, core_of, inputs_of, random_ids
 
@@ -41,6 +42,8 @@ WISHES: list[dict[str, Any]] = [
     {"detokenize": False},
     {"ignore_eos": True},
     {"skip_reading_prefix_cache": True},
+    {"structured_outputs": StructuredOutputsParams(regex="[a-z]{2,6}( [0-9]+)*")},
+    {"structured_outputs": StructuredOutputsParams(json_object=True)},
 ]
 
 
