@@ -73,7 +73,10 @@ def test_every_imported_library_is_declared(modules: list[Module]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = [re.split(r"[^A-Za-z0-9_.-]", requirement, maxsplit=1)[0] for requirement in project["dependencies"]]
     declared = {IMPORT_NAMES.get(name, name.replace("-", "_")): name for name in names}
-    check(rules.dependency_violations(modules, declared | {"jaxlib": "jax"}))
+    check(rules.dependency_violations(modules, declared | {"jaxlib": "jax"}), allowed.EXTRA_LIBRARIES)
+    extras = [name for requirements in project["optional-dependencies"].values() for name in requirements]
+    for library in allowed.EXTRA_LIBRARIES:
+        assert any(name.startswith(library.rpartition(" ")[2]) for name in extras), f"no extra brings {library}"
 
 
 def test_what_must_not_import_jax_does_not_do_so_through_others_either(modules: list[Module]) -> None:
