@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from serving.endpoints import chat, completions, health, models
+from serving.endpoints import chat, completions, health, models, tokenize
 from serving.http.routes import Route
 
-ALL_ROUTES: tuple[Route, ...] = (*completions.ROUTES, *chat.ROUTES, *models.ROUTES, *health.ROUTES)
+ALL_ROUTES: tuple[Route, ...] = (
+    *completions.ROUTES,
+    *chat.ROUTES,
+    *models.ROUTES,
+    *tokenize.ROUTES,
+    *health.ROUTES,
+)

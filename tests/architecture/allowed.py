@@ -12,6 +12,8 @@ _EXTRA = "an extra that need not be installed: whoever asks for it without is to
 # "file: function: imported name" -> reason
 LOCAL_IMPORTS: dict[str, str] = {
     "serving/backend.py: create_engine: engine.Engine": _START_UP,
+    "serving/backend.py: create_client: engine.async_engine.AsyncEngine": _START_UP,
+    "serving/backend.py: create_client: engine.remote.client.RemoteEngine": _START_UP,
     "serving/backend.py: convert_model: engine.convert.convert_model": _START_UP,
     "serving/observability.py: _spans: serving.tracing.spans.RequestSpans": _EXTRA,
     "engine/__init__.py: __getattr__: engine.engine.Engine": _START_UP,
