@@ -17,7 +17,7 @@ from io import TextIOWrapper
 
 from engine.errors import QuireError
 from serving.backend import EngineFactory, ModelConverter, convert_model, create_engine
-from serving.bench import latency, throughput
+from serving.bench import latency, serve, throughput
 from serving.commands import chat, convert, generate
 from serving.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, exit_code
 
@@ -76,10 +76,11 @@ def build_parser(engine_factory: EngineFactory, converter: ModelConverter) -> ar
 
     generate.set_up(_command(commands, "generate", generate.SUMMARY), engine_factory)
     chat.set_up(_command(commands, "chat", chat.SUMMARY), engine_factory)
-    bench = commands.add_parser("bench", help="measure speed", description="Measure the engine's speed.")
+    bench = commands.add_parser("bench", help="measure speed", description="Measure the engine or a server.")
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     latency.set_up(_command(measurements, "latency", latency.SUMMARY), engine_factory)
     throughput.set_up(_command(measurements, "throughput", throughput.SUMMARY), engine_factory)
+    serve.set_up(_command(measurements, "serve", serve.SUMMARY))
     convert.set_up(_command(commands, "convert", convert.SUMMARY), converter)
     return parser
 
