@@ -219,16 +219,20 @@ class Environment:
     cache_dir: Path
     hf_token: str | None
     offline: bool
+    api_keys: tuple[str, ...] = ()
 
     @classmethod
     def read(cls) -> Environment:
-        """Read `QUIRE_CACHE` (default: `quire` in `$XDG_CACHE_HOME` or `~/.cache`), `HF_TOKEN` and `HF_HUB_OFFLINE`."""
+        """Read `QUIRE_CACHE` (default: `quire` in `$XDG_CACHE_HOME` or `~/.cache`), `HF_TOKEN`, `HF_HUB_OFFLINE` and
+        `QUIRE_API_KEY` (of the server; several are separated by commas).
+        """
         xdg = os.environ.get("XDG_CACHE_HOME")
         default = Path(xdg) if xdg else Path.home() / ".cache"
         return cls(
             cache_dir=Path(os.environ.get("QUIRE_CACHE") or default / "quire"),
             hf_token=os.environ.get("HF_TOKEN"),
             offline=os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes"),
+            api_keys=tuple(key for key in os.environ.get("QUIRE_API_KEY", "").split(",") if key),
         )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import logging
 import os
 import sys
@@ -20,6 +19,7 @@ from serving.backend import EngineFactory, ModelConverter, convert_model, create
 from serving.bench import latency, serve, throughput
 from serving.commands import chat, convert, generate
 from serving.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, exit_code
+from serving.version import package_version
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 OWN_LOGGERS = ("quire", "engine", "models", "pallas_kernels", "serving")
@@ -110,14 +110,6 @@ class _ShowVersion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(f"quire {package_version()}")
         parser.exit()
-
-
-def package_version() -> str:
-    """The version of the installed distribution."""
-    try:
-        return importlib.metadata.version("quire-llm")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed: run from its source folder)"
 
 
 @contextlib.contextmanager

@@ -1,1 +1,8 @@
-"""One module per endpoint, each with its `ROUTES`: handlers, and the schemas that validate and document them."""
+"""What each endpoint does: one module per API, each with its `ROUTES`. `ALL_ROUTES` is the server."""
+
+from __future__ import annotations
+
+from serving.endpoints import chat, completions, health, models
+from serving.http.routes import Route
+
+ALL_ROUTES: tuple[Route, ...] = (*completions.ROUTES, *chat.ROUTES, *models.ROUTES, *health.ROUTES)
