@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from serving.endpoints import chat, completions, health, models
+from serving.endpoints import chat, completions, health, models, page, steps
 from serving.http.routes import Route
 
-ALL_ROUTES: tuple[Route, ...] = (*completions.ROUTES, *chat.ROUTES, *models.ROUTES, *health.ROUTES)
+ALL_ROUTES: tuple[Route, ...] = (
+    *completions.ROUTES,
+    *chat.ROUTES,
+    *models.ROUTES,
+    *health.ROUTES,
+    *steps.ROUTES,
+    *page.ROUTES,
+)
