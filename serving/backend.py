@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
+from engine.client import EngineClient
 from engine.config import EngineConfig
 from engine.outputs import RequestOutput
 from engine.runtime.progress import Report
@@ -66,6 +68,19 @@ class EngineFactory(Protocol):
     def __call__(self, model: str, **settings: Any) -> EngineLike: ...
 
 
+class ClientFactory(Protocol):
+    """Makes the engine of a server, inside the event loop that will use it."""
+
+    async def __call__(self, model: str, *, process: bool, **settings: Any) -> EngineClient:
+        """Load a model; ready when it returns.
+
+        Args:
+            model, **settings: as `EngineFactory`.
+            process: run it in a process of its own.
+        """
+        ...
+
+
 # Writes the model of a configuration into a folder that does not exist yet, reporting how far it is.
 ModelConverter = Callable[[EngineConfig, Path, Report], None]
 
@@ -76,6 +91,18 @@ def create_engine(model: str, **settings: Any) -> EngineLike:
     from engine import Engine
 
     return Engine(model, **settings)
+
+
+async def create_client(model: str, *, process: bool, **settings: Any) -> EngineClient:
+    """Load a model for a server, in a process of its own or in a thread of this one."""
+    # Imported late on purpose, as in `create_engine`.
+    if process:
+        from engine.remote.client import RemoteEngine  # pyright: ignore[reportMissingImports]
+
+        return cast(EngineClient, await RemoteEngine.start(model, **settings))
+    from engine.async_engine import AsyncEngine
+
+    return cast(EngineClient, await asyncio.to_thread(AsyncEngine, model, **settings))
 
 
 def convert_model(config: EngineConfig, out: Path, progress: Report) -> None:

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 
 from engine.errors import QuireError
-from serving.backend import EngineFactory, ModelConverter, convert_model, create_engine
-from serving.bench import latency, serve, throughput
-from serving.commands import chat, convert, generate
+from serving.backend import ClientFactory, EngineFactory, ModelConverter, convert_model, create_client, create_engine
+from serving.bench import latency, throughput
+from serving.bench import serve as bench_serve
+from serving.commands import chat, convert, generate, serve
 from serving.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, exit_code
 from serving.version import package_version
 
@@ -30,6 +31,7 @@ def main(
     *,
     engine_factory: EngineFactory = create_engine,
     converter: ModelConverter = convert_model,
+    client_factory: ClientFactory = create_client,
 ) -> int:
     """Run one command.
 
@@ -37,6 +39,7 @@ def main(
         argv: the arguments after the program's name; None = those of the process.
         engine_factory: makes the engine from a model reference and flat settings.
         converter: does the work of `quire convert`.
+        client_factory: makes the engine of `quire serve`.
 
     Returns:
         The exit code.
@@ -44,7 +47,7 @@ def main(
     Raises:
         SystemExit: `--help`, `--version`, or arguments that cannot be parsed (argparse's own ways).
     """
-    args = build_parser(engine_factory, converter).parse_args(argv)
+    args = build_parser(engine_factory, converter, client_factory).parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?", not an error
     try:
@@ -66,7 +69,9 @@ def main(
         return EXIT_BROKEN_PIPE
 
 
-def build_parser(engine_factory: EngineFactory, converter: ModelConverter) -> argparse.ArgumentParser:
+def build_parser(
+    engine_factory: EngineFactory, converter: ModelConverter, client_factory: ClientFactory = create_client
+) -> argparse.ArgumentParser:
     """The parser of all commands. `args.run(args)` of what it parses runs the command."""
     parser = argparse.ArgumentParser(
         prog="quire", description="Quire: LLM inference and serving on JAX and XLA.", allow_abbrev=False
@@ -76,11 +81,12 @@ def build_parser(engine_factory: EngineFactory, converter: ModelConverter) -> ar
 
     generate.set_up(_command(commands, "generate", generate.SUMMARY), engine_factory)
     chat.set_up(_command(commands, "chat", chat.SUMMARY), engine_factory)
+    serve.set_up(_command(commands, "serve", serve.SUMMARY), client_factory)
     bench = commands.add_parser("bench", help="measure speed", description="Measure the engine or a server.")
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     latency.set_up(_command(measurements, "latency", latency.SUMMARY), engine_factory)
     throughput.set_up(_command(measurements, "throughput", throughput.SUMMARY), engine_factory)
-    serve.set_up(_command(measurements, "serve", serve.SUMMARY))
+    bench_serve.set_up(_command(measurements, "serve", bench_serve.SUMMARY))
     convert.set_up(_command(commands, "convert", convert.SUMMARY), converter)
     return parser
 

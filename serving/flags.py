@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
+from serving.http.settings import ServerSettings
 
 # `--seed` is the engine's, as in vLLM: it seeds every request that brings no seed of its own.
 SAMPLING_RENAMES = {"seed": "request-seed"}
@@ -55,6 +56,7 @@ SAMPLING_HELP = {
 
 ENGINE = "engine"
 SAMPLING = "sampling"
+SERVER = "server"
 
 
 class FlagTarget(Protocol):
@@ -79,6 +81,17 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, skip: Collection[str]
     """Add the flags of `SamplingParams`, but for the fields named in `skip`."""
     group = parser.add_argument_group("sampling: Parameters of each generation")
     _add_fields(group, SAMPLING, SamplingParams, skip, helps=SAMPLING_HELP, renames=SAMPLING_RENAMES)
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ServerSettings`."""
+    group = parser.add_argument_group("server: Where the server listens and what it allows")
+    _add_fields(group, SERVER, ServerSettings, (), helps={}, renames={})
+
+
+def server_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The server settings that were given on the command line."""
+    return _collect(args, SERVER)
 
 
 def engine_settings(args: argparse.Namespace) -> dict[str, Any]:

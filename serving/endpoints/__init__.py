@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from serving.endpoints import chat, completions, health, models, page, steps
+from serving.endpoints import chat, completions, health, models, page, steps, tokenize
 from serving.http.routes import Route
 
 ALL_ROUTES: tuple[Route, ...] = (
     *completions.ROUTES,
     *chat.ROUTES,
     *models.ROUTES,
+    *tokenize.ROUTES,
     *health.ROUTES,
     *steps.ROUTES,
     *page.ROUTES,

@@ -13,6 +13,7 @@ from aiohttp.typedefs import Handler, Middleware
 from engine.config import Environment
 from serving.http.context import CONTEXT, ServerContext, context_of
 from serving.http.errors import ApiError, fault_of, is_known, json_response
+from serving.http.openapi import openapi_route
 from serving.http.routes import Route
 
 logger = logging.getLogger("quire.serving")
@@ -21,8 +22,9 @@ CORS_HEADERS = "Authorization, Content-Type, X-Api-Key, X-Request-Id, Anthropic-
 
 
 def make_app(context: ServerContext, routes: Sequence[Route]) -> web.Application:
-    """The app that serves `routes`."""
+    """The app that serves `routes` and the document that describes them."""
     settings = context.settings
+    routes = [*routes, openapi_route(routes, settings.root_path)]
     gate = Gate(routes, settings.api_key or Environment.read().api_keys, settings.allowed_origins or ())
     app = web.Application(middlewares=[gate.pass_through], client_max_size=settings.max_request_bytes)
     app[CONTEXT] = context

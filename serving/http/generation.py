@@ -65,17 +65,19 @@ def _prompt_length(prompt: Prompt) -> int:
 
 
 async def generate(context: ServerContext, job: Job) -> AsyncGenerator[RequestOutput]:
-    """The outputs of one job. Closing the generator aborts it. Close it, by `aclosing`: garbage collection is late.
+    """The outputs of one job. An id that a live request has gets a suffix in the engine. Closing the generator aborts it. Close it, by `aclosing`: garbage collection is late.
 
     Raises:
         As `EngineClient.generate`.
     """
     observers, begun = context.observers, time.monotonic()
+    engine_ids = context.traffic.engine_ids
+    if job.request_id in engine_ids:
+        job = replace(job, request_id=f"{job.request_id}-{uuid.uuid4().hex[:8]}")
     start = RequestStart(
         job.request_id, job.endpoint, job.model, job.params, _prompt_length(job.prompt), begun, job.trace_parent
     )
     record = _Record(start)
-    engine_ids = context.traffic.engine_ids
     engine_ids.add(job.request_id)
     stream = context.client.generate(job.prompt, job.params, request_id=job.request_id, priority=job.priority)
     error: BaseException | None = None

@@ -10,6 +10,8 @@ _START_UP = "start-up speed: this import loads jax, which `--help` and wrong fla
 # "file: function: imported name" -> reason
 LOCAL_IMPORTS: dict[str, str] = {
     "serving/backend.py: create_engine: engine.Engine": _START_UP,
+    "serving/backend.py: create_client: engine.async_engine.AsyncEngine": _START_UP,
+    "serving/backend.py: create_client: engine.remote.client.RemoteEngine": _START_UP,
     "serving/backend.py: convert_model: engine.convert.convert_model": _START_UP,
     "engine/__init__.py: __getattr__: engine.engine.Engine": _START_UP,
     "engine/__init__.py: __getattr__: engine.async_engine.AsyncEngine": _START_UP,
