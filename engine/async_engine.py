@@ -1,53 +1,28 @@
-"""`AsyncEngine`: the same engine for asyncio, one stream of deltas per request.
+"""`AsyncEngine`: the same engine for asyncio, one stream of deltas per request. An `EngineClient`.
 
-A thread of its own drives the core. Requests and aborts go in through one inbox; the outputs of a step go back in one
-call into the event loop, not one wake-up per token. A request ends with a final output or an exception, also if the
-engine dies.
+A thread of its own drives the core (`engine/driver.py`). The outputs of a step go back in one call into the event loop,
+not one wake-up per token. A request ends with a final output or an exception, also if the engine dies.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import queue
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 from engine.builder import BuiltEngine, build_engine
+from engine.client import EngineInfo, RequestTimeline, StepEvent
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, InvalidRequestError, QuireError, RequestFailedError
+from engine.driver import Driver, Event
+from engine.errors import EngineDeadError, InvalidRequestError
 from engine.input_processor import Prompt
 from engine.outputs import RequestOutput
 from engine.requests.request import Request
 from engine.sampling_params import RequestOutputKind, SamplingParams
-from engine.snapshot import snapshot
-
-logger = logging.getLogger("quire.async")
-Event = RequestOutput | Exception
-
-
-@dataclass(frozen=True)
-class _Add:
-    request: Request
-
-
-@dataclass(frozen=True)
-class _Abort:
-    request_id: str
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Something else to do between two steps (reset the prefix cache, say)."""
-
-    function: Any
-
-
-class _Stop:
-    """The thread ends when it reads this."""
+from engine.stream import OutputStream, as_deltas, make_request
+from engine.text.tokenizer import Tokenizer
 
 
 class AsyncEngine:
@@ -60,12 +35,22 @@ class AsyncEngine:
     def __init__(self, model: str = "demo", **settings: Any) -> None:
         self.config = EngineConfig.from_flat(model=model, **settings)
         self._built: BuiltEngine = build_engine(self.config)
-        self._inbox: queue.SimpleQueue[_Add | _Abort | _Call | _Stop] = queue.SimpleQueue()
-        self._streams: dict[str, asyncio.Queue[Event]] = {}
+        self._info = self._built.info()
+        self._driver = Driver(self._built.core, self._deliver)
+        self._streams: dict[str, OutputStream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._dead: Exception | None = None
         self._thread = threading.Thread(target=self._drive, name="quire-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def info(self) -> EngineInfo:
+        """What never changes."""
+        return self._info
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer; None with `skip_tokenizer_init`."""
+        return self._built.tokenizer
 
     async def generate(
         self,
@@ -76,7 +61,7 @@ class AsyncEngine:
         priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         """Complete one prompt, yielding as tokens come. Leaving the iterator early (break, cancellation) aborts the
-        request.
+        request. A consumer that is slower than the engine gets merged deltas.
 
         Outputs are deltas unless `sampling_params.output_kind` says otherwise. Without `sampling_params`, as the
         model's `generation_config.json` recommends.
@@ -87,60 +72,86 @@ class AsyncEngine:
         """
         self._require_alive()
         self._enter_loop()
-        if priority != 0 and self.config.scheduler.scheduling_policy != "priority":
-            raise InvalidRequestError("priority needs scheduling_policy='priority'.", "priority")
-        params = sampling_params
-        if params is None:
-            params = self._built.default_sampling.replace(output_kind=RequestOutputKind.DELTA)
-        request = self._built.inputs.make(prompt, params, request_id=request_id, priority=priority)
+        request = make_request(
+            self._info, self._built.inputs, prompt, sampling_params, request_id=request_id, priority=priority
+        )
         stream = self._open(request)
-        finished = False
         try:
-            while not finished:
-                event = await stream.get()
-                if isinstance(event, Exception):
-                    finished = True
-                    raise event
-                finished = event.finished
-                if event.error is not None:
-                    raise RequestFailedError(event.error)
-                yield event
+            while not stream.ended:
+                yield await stream.get()
         finally:
-            if not finished:
-                self._inbox.put(_Abort(request.request_id))
+            if not stream.ended:
+                self._driver.abort(request.request_id)
 
     def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output with finish reason "abort"."""
-        self._inbox.put(_Abort(request_id))
+        self._driver.abort(request_id)
+
+    async def snapshot(self) -> dict[str, Any]:
+        """As `Engine.metrics`, of a moment between two steps.
+
+        Raises:
+            EngineDeadError: the engine is not running.
+        """
+        return await asyncio.wrap_future(self._driver.call(self._built.snapshot))
+
+    async def recent_steps(self, since: int) -> list[StepEvent]:
+        """The engine's steps with `step_id >= since`, of the newest 1024.
+
+        Raises:
+            EngineDeadError: the engine is not running.
+        """
+        timeline = self._built.core.timeline
+        return await asyncio.wrap_future(self._driver.call(lambda: timeline.recent_steps(since)))
+
+    async def timeline(self, request_id: str) -> RequestTimeline | None:
+        """What happened to a request; None if it is not known (any more).
+
+        Raises:
+            EngineDeadError: the engine is not running.
+        """
+        timeline = self._built.core.timeline
+        return await asyncio.wrap_future(self._driver.call(lambda: timeline.of(request_id)))
+
+    async def check_health(self) -> None:
+        """Return if the engine runs.
+
+        Raises:
+            EngineDeadError: it does not.
+        """
+        self._require_alive()
+
+    async def reset_prefix_cache(self) -> None:
+        """As `Engine.reset_prefix_cache`, between two steps.
+
+        Raises:
+            EngineDeadError: the engine is not running.
+        """
+        await asyncio.wrap_future(self._driver.call(self._built.core.scheduler.reset_prefix_cache))
 
     def describe(self) -> dict[str, Any]:
         """As `Engine.describe`."""
         return self._built.describe()
 
     def metrics(self) -> dict[str, Any]:
-        """As `Engine.metrics`."""
-        return snapshot(self._built.core)
-
-    def reset_prefix_cache(self) -> None:
-        """As `Engine.reset_prefix_cache`, between two steps."""
-        self._inbox.put(_Call(self._built.core.scheduler.reset_prefix_cache))
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer; None with `skip_tokenizer_init`."""
-        return self._built.tokenizer
+        """As `Engine.metrics`, at once: it may be of the middle of a step."""
+        return self._built.snapshot()
 
     def shutdown(self) -> None:
         """Stop the thread; live streams get EngineDeadError."""
         if self._thread.is_alive():
-            self._inbox.put(_Stop())
+            self._driver.stop()
             self._thread.join()
+
+    async def close(self) -> None:
+        """`shutdown`, without blocking the event loop."""
+        await asyncio.to_thread(self.shutdown)
 
     async def __aenter__(self) -> AsyncEngine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self.shutdown)
+        await self.close()
 
     # the event loop
 
@@ -153,67 +164,49 @@ class AsyncEngine:
             self._streams.clear()
             self._loop = loop
 
-    def _open(self, request: Request) -> asyncio.Queue[Event]:
+    def _open(self, request: Request) -> OutputStream:
         """Send a request to the engine. Its id is in use until its last event comes, also if nobody waits for that."""
         request_id = request.request_id
         if request_id in self._streams:
             raise InvalidRequestError(f"request id {request_id!r} is in use by a live request.", "request_id")
-        stream: asyncio.Queue[Event] = asyncio.Queue()
+        stream = OutputStream(cumulative=request.params.output_kind is RequestOutputKind.CUMULATIVE)
         self._streams[request_id] = stream
-        self._inbox.put(_Add(request))
-        if self._dead is not None:  # it died meanwhile, perhaps without having seen this stream
+        self._driver.add(as_deltas(request))
+        if self._driver.dead is not None:  # it died meanwhile, perhaps without having seen this stream
             del self._streams[request_id]
             self._require_alive()
         return stream
 
     def _dispatch(self, events: list[tuple[str, Event]]) -> None:
         for request_id, event in events:
-            last = isinstance(event, Exception) or event.finished
-            stream = self._streams.pop(request_id, None) if last else self._streams.get(request_id)
-            if stream is not None:
-                stream.put_nowait(event)
+            if isinstance(event, Exception):
+                stream = self._streams.pop(request_id, None)
+                if stream is not None:
+                    stream.fail(event)
+            else:
+                stream = self._streams.pop(request_id, None) if event.finished else self._streams.get(request_id)
+                if stream is not None:
+                    stream.put(event)
+
+    def _end_all(self, dead: EngineDeadError) -> None:
+        """Every stream gets an exception of its own: it carries the traceback of the one who got it."""
+        while self._streams:
+            self._streams.popitem()[1].fail(EngineDeadError(str(dead)))
+
+    def _require_alive(self) -> None:
+        if self._driver.dead is not None:
+            raise EngineDeadError(f"the engine is not running: {self._driver.dead}")
 
     # the engine's thread
 
-    def _require_alive(self) -> None:
-        if self._dead is not None or not self._thread.is_alive():
-            raise EngineDeadError(f"the engine is not running: {self._dead or 'it was shut down'}.")
-
     def _drive(self) -> None:
-        core = self._built.core
-        try:
-            while True:
-                if not self._take_mail(block=not core.has_work):
-                    raise EngineDeadError("the engine was shut down.")
-                if core.has_work:
-                    self._deliver([(output.request_id, output) for output in core.step()])
-        except Exception as error:
-            self._dead = (
-                error if isinstance(error, EngineDeadError) else EngineDeadError(f"the engine stopped: {error!r}")
-            )
-            if error is not self._dead:
-                logger.exception("the engine's loop failed")
-            self._deliver([(request_id, EngineDeadError(str(self._dead))) for request_id in list(self._streams)])
-
-    def _take_mail(self, *, block: bool) -> bool:
-        """Handle what waits in the inbox; with `block`, wait for something. False = stop."""
-        while block or not self._inbox.empty():
-            message = self._inbox.get()
-            block = False
-            if isinstance(message, _Stop):
-                return False
-            if isinstance(message, _Abort):
-                self._built.core.abort(message.request_id)
-            elif isinstance(message, _Call):
-                message.function()
-            else:
-                try:
-                    self._built.core.add(message.request)
-                except QuireError as error:
-                    self._deliver([(message.request.request_id, error)])
-        return True
+        self._in_loop(self._end_all, self._driver.run())
 
     def _deliver(self, events: list[tuple[str, Event]]) -> None:
-        if events and self._loop is not None:
+        if events:
+            self._in_loop(self._dispatch, events)
+
+    def _in_loop(self, function: Any, argument: Any) -> None:
+        if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(self._dispatch, events)
+                self._loop.call_soon_threadsafe(function, argument)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from engine.client import EngineInfo
 from engine.config import EngineConfig, Environment, ModelLoadConfig, reserve_gpu_memory
 from engine.core import CoreOptions, EngineCore
 from engine.errors import ConfigError, InvalidRequestError
@@ -26,6 +27,7 @@ from engine.sampling_params import SamplingParams, sampling_defaults
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.limits import SchedulerLimits
 from engine.scheduling.scheduler import Scheduler
+from engine.snapshot import snapshot
 from engine.text.tokenizer import Tokenizer
 from models.config import ModelConfig
 from models.functional import Params
@@ -59,6 +61,36 @@ class BuiltEngine:
     num_executables: int
     implementations: dict[str, str]
     default_sampling: SamplingParams
+    tokenizer_path: Path | None
+    config: EngineConfig
+
+    def info(self) -> EngineInfo:
+        """What a client needs to know."""
+        return EngineInfo(
+            model=self.config.load.model,
+            vocab_size=self.model.vocab_size,
+            embedding_size=self.model.hidden_size,
+            max_model_len=self.limits.max_model_len,
+            max_num_seqs=self.limits.max_num_seqs,
+            max_logprobs=self.config.load.max_logprobs,
+            eos_token_ids=tuple(self.model.eos_token_ids),
+            num_kv_blocks=self.ledger.num_blocks - 1,
+            block_size=self.limits.block_size,
+            priorities=self.config.scheduler.scheduling_policy == "priority",
+            default_sampling=self.default_sampling,
+            description=self.describe(),
+        )
+
+    def snapshot(self) -> dict[str, Any]:
+        """Counters and gauges of this moment, and the settings that they are to be read with."""
+        cache = {
+            "block_size": self.limits.block_size,
+            "num_gpu_blocks": self.ledger.num_blocks - 1,
+            "cache_dtype": self.limits.kv_dtype,
+            "enable_prefix_caching": self.config.cache.enable_prefix_caching,
+            "gpu_memory_utilization": self.config.cache.gpu_memory_utilization,
+        }
+        return {**snapshot(self.core), "cache_config": cache}
 
     def describe(self) -> dict[str, Any]:
         """What was built, for logs and for users."""
@@ -100,7 +132,8 @@ def _build(config: EngineConfig) -> BuiltEngine:
     with progress_bar("fetching", show=show) as report:
         options = fetch_options(config.load, environment, report)
         files = resolve_model(config.load.model, options, config.load.revision)
-        tokenizer = _load_tokenizer(config.load, files, options)
+        tokenizer_path = _tokenizer_path(config.load, files, options)
+        tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path)
     default_sampling = _default_sampling(config.load, files)
     resolved = time.monotonic()
     with progress_bar("loading weights", show=show) as report:
@@ -136,6 +169,8 @@ def _build(config: EngineConfig) -> BuiltEngine:
         num_executables=len(executables),
         implementations=chosen_implementations(),
         default_sampling=default_sampling,
+        tokenizer_path=tokenizer_path,
+        config=config,
     )
 
 
@@ -150,10 +185,10 @@ def fetch_options(config: ModelLoadConfig, environment: Environment, report: Rep
     )
 
 
-def _load_tokenizer(config: ModelLoadConfig, files: ModelFiles, options: FetchOptions) -> Tokenizer | None:
+def _tokenizer_path(config: ModelLoadConfig, files: ModelFiles, options: FetchOptions) -> Path | None:
     if config.skip_tokenizer_init:
         return None
-    return Tokenizer.load(files.path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, options))
+    return files.path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, options)
 
 
 def _default_sampling(config: ModelLoadConfig, files: ModelFiles) -> SamplingParams:

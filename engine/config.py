@@ -194,6 +194,10 @@ class EngineConfig:
     compile: CompileConfig = field(default_factory=CompileConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
 
+    def flat(self) -> dict[str, Any]:
+        """All settings by name, plain values: what `from_flat` makes an equal configuration of."""
+        return {f.name: getattr(part, f.name) for name in PARTS for part in [getattr(self, name)] for f in fields(part)}
+
     @classmethod
     def from_flat(cls, **settings: Any) -> EngineConfig:
         """Sort flat keyword arguments (`Engine("demo", block_size=32)`, command line flags) into their parts.
@@ -234,6 +238,11 @@ class Environment:
             offline=os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes"),
             api_keys=tuple(key for key in os.environ.get("QUIRE_API_KEY", "").split(",") if key),
         )
+
+
+def worker_environment() -> dict[str, str]:
+    """The environment of a Python process that finds the modules that this one finds, wherever it was started."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
 
 
 _MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the old name

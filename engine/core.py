@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.errors import InvalidRequestError
+from engine.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from engine.metrics import EngineStats
 from engine.output_processor import OutputProcessor, RequestRecord, stamp
 from engine.outputs import RequestOutput
@@ -26,8 +26,10 @@ from engine.requests.sequence import FinishReason, Sequence
 from engine.runtime.executor import Executor, InFlightStep, PromptScore, StepResult, needs_full_logprobs
 from engine.scheduling.plan import StepPlan
 from engine.scheduling.scheduler import Scheduler
+from engine.timeline import Timeline
 
 logger = logging.getLogger("quire.core")
+MOST_FAILURES_IN_A_ROW = 5  # whatever fails that often without one success between fails for ever
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class EngineCore:
         self.executor = executor
         self.outputs = outputs
         self.stats = EngineStats()
+        self.timeline = Timeline()
+        self._failures_in_a_row = 0
         self._options = options
         self._records: dict[str, RequestRecord] = {}
         self._in_flight: deque[InFlightStep] = deque()
@@ -67,8 +71,13 @@ class EngineCore:
             sequence.output_logprobs = None if params.logprobs is None else []
         if params.prompt_logprobs is not None:
             sequences[0].prompt_logprobs = [None]
-        self.scheduler.add(sequences)
+        try:
+            self.scheduler.add(sequences)
+        except QueueFullError:
+            self.stats.num_rejected += 1
+            raise
         self._records[request.request_id] = self.outputs.open(request, sequences)
+        self.timeline.open(request, sequences)
         self.stats.on_arrival(request)
 
     def abort(self, request_id: str) -> bool:
@@ -92,6 +101,9 @@ class EngineCore:
 
         Returns:
             The outputs of requests that have something new to show.
+
+        Raises:
+            EngineDeadError: `MOST_FAILURES_IN_A_ROW` steps failed and none succeeded between them.
         """
         self._dispatch_next()
         keep = 1 if self._options.overlap else 0
@@ -112,12 +124,14 @@ class EngineCore:
             if item.sequence.scheduled_ts is None:
                 item.sequence.scheduled_ts = now
         try:
-            self._in_flight.append(self.executor.dispatch(plan))
+            step = self.executor.dispatch(plan)
         except Exception as error:
             self._fail_dispatch(plan, error)
             return
+        self._in_flight.append(step)
         self._dispatched = True
-        self.stats.on_dispatch(plan, planned - started, time.perf_counter() - planned)
+        self.timeline.on_dispatch(plan, now, step.bucket.num_tokens)
+        self.stats.on_dispatch(plan, step.bucket.num_tokens, planned - started, time.perf_counter() - planned)
 
     def _fail_dispatch(self, plan: StepPlan, error: Exception) -> None:
         """Steps before this one are sound: read them first. If that fails as well, it has voided this plan already."""
@@ -137,12 +151,18 @@ class EngineCore:
             self._fail(step.plan, error)
             return
         self._in_flight.popleft()
+        self._failures_in_a_row = 0
+        self.timeline.on_collected(step.plan.step_id, time.monotonic())
         collected = time.perf_counter()
         self._commit(result)
         self.stats.on_commit(collected - started, time.perf_counter() - collected)
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
-        """A step raised: its requests end with an error, the device state is made anew, all others are recomputed."""
+        """A step raised: its requests end with an error, the device state is made anew, all others are recomputed.
+
+        Raises:
+            EngineDeadError: too many steps in a row failed.
+        """
         logger.error("step %d failed: %s", plan.step_id, describe_plan(plan), exc_info=error)
         for sequence in self.scheduler.fail(plan):
             record = self._records[sequence.request.request_id]
@@ -150,6 +170,12 @@ class EngineCore:
             self._touch(record)
         self.executor.reset_state()
         self.stats.num_failed_steps += 1
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= MOST_FAILURES_IN_A_ROW:
+            raise EngineDeadError(
+                f"{self._failures_in_a_row} steps of the engine failed one after another, the last one with "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _commit(self, result: StepResult) -> None:
         for score in result.prompt_scores:
@@ -158,6 +184,9 @@ class EngineCore:
         for committed in self.scheduler.commit(result.plan, tokens):
             sequence = committed.sequence
             record = self._records[sequence.request.request_id]
+            if sequence.first_token_ts is None:
+                self.stats.on_first_token(sequence)
+            self.stats.generation_tokens += 1
             stamp(sequence)
             if sequence.output_logprobs is not None:
                 self._commit_logprobs(sequence, committed.token_id, committed.index, result)
@@ -217,6 +246,7 @@ class EngineCore:
                 ready.append(output)
             if record.finished:
                 self._records.pop(request_id, None)
+                self.timeline.close(record.request, time.monotonic())
                 self.stats.on_finish(record.sequences)
         self._touched.clear()
         return ready

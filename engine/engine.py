@@ -19,7 +19,6 @@ from engine.input_processor import Prompt
 from engine.outputs import BeamSearchOutput, RequestOutput
 from engine.requests.request import Request
 from engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
-from engine.snapshot import snapshot
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -177,7 +176,7 @@ class Engine:
     def metrics(self) -> dict[str, Any]:
         """Counters and gauges of this moment; `compiles_after_ready` must be 0."""
         with self._lock:
-            return snapshot(self._core)
+            return self._parts.snapshot()
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes; running requests go on."""

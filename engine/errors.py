@@ -13,6 +13,7 @@ __all__ = [
     "ConfigError",
     "ContextLengthError",
     "EngineDeadError",
+    "EngineRestartingError",
     "InvalidRequestError",
     "ModelNotFoundError",
     "OutOfMemoryError",
@@ -58,3 +59,7 @@ class RequestFailedError(QuireError, RuntimeError):
 
 class EngineDeadError(QuireError, RuntimeError):
     """The engine was shut down, or cannot go on; no request will be served any more."""
+
+
+class EngineRestartingError(EngineDeadError):
+    """The engine's process ended unexpectedly and is being started again; the caller may try again later."""

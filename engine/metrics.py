@@ -17,8 +17,12 @@ class EngineStats:
 
     Attributes:
         num_steps, num_tokens: dispatched steps, and tokens computed in them (prompt and output).
-        num_requests: requests that arrived.
-        prompt_tokens, generation_tokens: of finished sequences.
+        num_padded_tokens: rows of the buckets that those steps ran in; what exceeds num_tokens was padding.
+        step_tokens: tokens of a step -> number of steps; at most `max_num_batched_tokens` keys.
+        num_requests, num_rejected: requests that were queued, and that found the queue full.
+        prompt_tokens, cached_prompt_tokens: of sequences that got their first token, and how many of those tokens came
+            out of the prefix cache.
+        generation_tokens: tokens that sequences got.
         finished: finish reason -> number of sequences.
         num_failed_steps: steps that raised.
         plan_s, dispatch_s, collect_s, commit_s: host time in each part of the loop; collect includes waiting for the
@@ -27,8 +31,12 @@ class EngineStats:
 
     num_steps: int = 0
     num_tokens: int = 0
+    num_padded_tokens: int = 0
+    step_tokens: Counter[int] = field(default_factory=Counter)
     num_requests: int = 0
+    num_rejected: int = 0
     prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
     generation_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     num_failed_steps: int = 0
@@ -41,10 +49,13 @@ class EngineStats:
         """A request was queued."""
         self.num_requests += 1
 
-    def on_dispatch(self, plan: StepPlan, plan_s: float, dispatch_s: float) -> None:
-        """A step was planned and dispatched."""
+    def on_dispatch(self, plan: StepPlan, padded_tokens: int, plan_s: float, dispatch_s: float) -> None:
+        """A step was planned and dispatched, in a bucket of `padded_tokens` rows."""
+        num_tokens = plan.num_tokens
         self.num_steps += 1
-        self.num_tokens += plan.num_tokens
+        self.num_tokens += num_tokens
+        self.num_padded_tokens += padded_tokens
+        self.step_tokens[num_tokens] += 1
         self.plan_s += plan_s
         self.dispatch_s += dispatch_s
 
@@ -53,9 +64,12 @@ class EngineStats:
         self.collect_s += collect_s
         self.commit_s += commit_s
 
+    def on_first_token(self, sequence: Sequence) -> None:
+        """A sequence's prompt is computed."""
+        self.prompt_tokens += sequence.num_prompt_tokens
+        self.cached_prompt_tokens += sequence.num_cached_tokens
+
     def on_finish(self, sequences: Iterable[Sequence]) -> None:
         """A request ended."""
         for sequence in sequences:
-            self.prompt_tokens += sequence.num_prompt_tokens
-            self.generation_tokens += len(sequence.output_token_ids)
             self.finished[str(sequence.finish_reason)] += 1

@@ -137,19 +137,25 @@ class OutputProcessor:
 
 
 def _metrics(record: RequestRecord) -> RequestMetrics:
+    arrival, completions = record.request.arrival_time, record.completions
+    if len(completions) == 1:  # made for every token of most requests
+        s = completions[0].sequence
+        return RequestMetrics(
+            arrival,
+            arrival,
+            s.scheduled_ts,
+            s.first_token_ts,
+            s.last_token_ts,
+            len(s.output_token_ids),
+            s.num_preemptions,
+        )
     sequences = record.sequences
-
-    def first(values: list[float | None]) -> float | None:
-        known = [v for v in values if v is not None]
-        return min(known) if known else None
-
-    last = [s.last_token_ts for s in sequences if s.last_token_ts is not None]
     return RequestMetrics(
-        arrival_time=record.request.arrival_time,
-        queued_ts=record.request.arrival_time,
-        scheduled_ts=first([s.scheduled_ts for s in sequences]),
-        first_token_ts=first([s.first_token_ts for s in sequences]),
-        last_token_ts=max(last) if last else None,
+        arrival_time=arrival,
+        queued_ts=arrival,
+        scheduled_ts=min((s.scheduled_ts for s in sequences if s.scheduled_ts is not None), default=None),
+        first_token_ts=min((s.first_token_ts for s in sequences if s.first_token_ts is not None), default=None),
+        last_token_ts=max((s.last_token_ts for s in sequences if s.last_token_ts is not None), default=None),
         num_generation_tokens=sum(len(s.output_token_ids) for s in sequences),
         num_preemptions=sum(s.num_preemptions for s in sequences),
     )

@@ -49,7 +49,12 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """When things happened, in seconds of `time.monotonic()`; None where it has not happened yet."""
+    """When things happened, in seconds of `time.monotonic()`; None where it has not happened yet. An engine in a
+    process of its own sends them with a request's last output only.
+
+    Linux has one monotonic clock for all processes, so that these times may be subtracted from those of another process
+    of the same machine.
+    """
 
     arrival_time: float
     queued_ts: float | None = None
@@ -62,7 +67,31 @@ class RequestMetrics:
     @property
     def first_token_latency(self) -> float | None:
         """Arrival to first token, in seconds (TTFT)."""
-        return None if self.first_token_ts is None else self.first_token_ts - self.arrival_time
+        return _between(self.arrival_time, self.first_token_ts)
+
+    @property
+    def queue_time_s(self) -> float | None:
+        """Queued to first scheduled."""
+        return _between(self.queued_ts, self.scheduled_ts)
+
+    @property
+    def prefill_time_s(self) -> float | None:
+        """First scheduled to first token."""
+        return _between(self.scheduled_ts, self.first_token_ts)
+
+    @property
+    def decode_time_s(self) -> float | None:
+        """First to last token."""
+        return _between(self.first_token_ts, self.last_token_ts)
+
+    @property
+    def inference_time_s(self) -> float | None:
+        """First scheduled to last token."""
+        return _between(self.scheduled_ts, self.last_token_ts)
+
+
+def _between(start: float | None, stop: float | None) -> float | None:
+    return None if start is None or stop is None else stop - start
 
 
 @dataclass(frozen=True)

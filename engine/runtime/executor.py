@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from engine.requests.sequence import Sequence
+from engine.runtime.buckets import Bucket
 from engine.runtime.device_state import SampleState
 from engine.runtime.executables import TABLE_UPDATES, Executables, ModelProgram
 from engine.runtime.packing import UPDATE_WIDTH, block_updates, pack_step
@@ -60,12 +61,14 @@ class InFlightStep:
         sampled: what was sampled, per sequence of the bucket.
         logits: float32[S, V] if a sampling sequence asks for more candidates than the sampler returns.
         hidden: [T, E] if a sequence asks for the logprobs of its prompt.
+        bucket: the shape that it runs in.
     """
 
     plan: StepPlan
     sampled: SampledTokens
     logits: jax.Array | None
     hidden: jax.Array | None
+    bucket: Bucket
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class Executor:
             if any(i.samples and needs_full_logprobs(i.sequence.request.params.logprobs) for i in plan.items)
             else None,
             hidden if any(i.sequence.prompt_logprobs is not None for i in plan.items) else None,
+            bucket,
         )
         jax.tree.map(lambda array: array.copy_to_host_async(), step.sampled)
         return step

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from engine.async_engine import AsyncEngine, _Call
+from engine.async_engine import AsyncEngine
+from engine.client import EngineClient
 from engine.core import EngineCore
 from engine.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from engine.outputs import RequestOutput
@@ -45,20 +46,8 @@ async def settle(engine: AsyncEngine) -> None:
     """Wait until no request is live, and prove that none left anything behind."""
     while engine._built.core.scheduler.has_work or engine.metrics()["num_in_flight"]:
         await asyncio.sleep(0.005)
-    done = asyncio.get_running_loop().create_future()
-
-    def check() -> None:  # in the engine's thread: nobody else may touch the core
-        try:
-            require_idle(engine._built.core)
-            result = None
-        except AssertionError as error:
-            result = error
-        done.get_loop().call_soon_threadsafe(done.set_result, result)
-
-    engine._inbox.put(_Call(check))
-    error = await done
-    if error is not None:
-        raise error
+    # In the engine's thread: nobody else may touch the core.
+    await asyncio.wrap_future(engine._driver.call(lambda: require_idle(engine._built.core)))
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +67,10 @@ def new_engine(cache: str, **settings: object) -> AsyncEngine:
 async def held(engine: AsyncEngine, num_requests: int) -> AsyncIterator[None]:
     """Hold the engine's thread until as many requests wait in its inbox: what comes first is not left to chance."""
     gate = threading.Event()
-    engine._inbox.put(_Call(gate.wait))
+    engine._driver.call(gate.wait)
     try:
         yield
-        while engine._inbox.qsize() < num_requests:
+        while engine._driver._inbox.qsize() < num_requests:
             await asyncio.sleep(0.001)
     finally:
         gate.set()
@@ -141,6 +130,79 @@ def test_deltas_by_default(engine: AsyncEngine) -> None:
 
     outputs = run(scenario)
     assert len(outputs) > 1 and sum(len(o.outputs[0].token_ids) for o in outputs) <= 16
+
+
+def test_a_slow_consumer_gets_merged_deltas(engine: AsyncEngine, shelf: EngineShelf) -> None:
+    """It sees few outputs, and everything in them; whoever asks for cumulative ones sees the same."""
+    params = DELTAS.replace(max_tokens=60, logprobs=1)
+    alone = shelf.take().generate([5, 6], params)[0].outputs[0]
+
+    async def consume(kind: RequestOutputKind) -> list[RequestOutput]:
+        outputs = []
+        async for output in engine.generate([5, 6], params.replace(output_kind=kind)):
+            outputs.append(output)
+            while engine._built.core.scheduler.has_work:
+                await asyncio.sleep(0.005)
+        return outputs
+
+    async def scenario() -> list[list[RequestOutput]]:
+        return [await consume(RequestOutputKind.DELTA), await consume(RequestOutputKind.CUMULATIVE)]
+
+    deltas, cumulative = run(scenario)
+    assert len(deltas) <= 3 and len(cumulative) <= 3
+    assert tuple(t for o in deltas for t in o.outputs[0].token_ids) == alone.token_ids
+    assert "".join(o.outputs[0].text for o in deltas) == alone.text
+    assert len([p for o in deltas for p in o.outputs[0].logprobs or []]) == 60
+    last = cumulative[-1].outputs[0]
+    assert (last.text, last.token_ids, len(last.logprobs or [])) == (alone.text, alone.token_ids, 60)
+    assert cumulative[-1].outputs[0].cumulative_logprob == pytest.approx(alone.cumulative_logprob)
+
+
+def test_what_a_server_asks(engine: AsyncEngine) -> None:
+    client: EngineClient = engine  # type: ignore[assignment]  # all of it but `embed`
+
+    async def scenario() -> None:
+        await client.check_health()
+        before = await client.snapshot()
+        outputs = await collect(client.generate([5, 6, 7], DELTAS, request_id="asked"))
+        after = await client.snapshot()
+        assert after["generation_tokens"] - before["generation_tokens"] == 24
+        assert after["prompt_tokens"] - before["prompt_tokens"] == 3
+        known = await client.timeline("asked")
+        assert known is not None and known.num_output_tokens == 24 and len(known.events) == 24
+        steps = await client.recent_steps(known.events[0].step_id)
+        assert steps[: len(known.events)] == list(known.events)
+        padded = after["num_padded_tokens"] - before["num_padded_tokens"]
+        assert padded >= after["num_tokens"] - before["num_tokens"] == 26
+        grown = {k: n - before["step_tokens"].get(k, 0) for k, n in after["step_tokens"].items()}
+        assert {k: n for k, n in grown.items() if n} == {1: 23, 3: 1}
+        assert after["cache_config"]["num_gpu_blocks"] == client.info.num_kv_blocks == 255
+        metrics = outputs[-1].metrics
+        assert metrics is not None and metrics.queue_time_s is not None and metrics.decode_time_s is not None
+        assert metrics.inference_time_s == pytest.approx((metrics.prefill_time_s or 0) + metrics.decode_time_s)
+        assert await client.timeline("nobody") is None
+        await settle(engine)
+
+    run(scenario)
+
+
+def test_a_thousand_aborted_streams(engine: AsyncEngine) -> None:
+    """Whenever they are left, no block stays behind."""
+
+    async def one(index: int) -> None:
+        stream = engine.generate([5 + index % 50] * (1 + index % 60), DELTAS)
+        task = asyncio.create_task(collect(stream))
+        await asyncio.sleep(0.002 * (index % 11))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def scenario() -> None:
+        await asyncio.gather(*(one(i) for i in range(1000)))
+        await settle(engine)
+        await asyncio.sleep(0)
+        assert not engine._streams
+
+    run(scenario)
 
 
 @pytest.mark.usefixtures("slow_steps")
@@ -272,9 +334,9 @@ def test_reset_prefix_cache(engine: AsyncEngine) -> None:
         return (await collect(engine.generate(prompt, DELTAS)))[-1].num_cached_tokens
 
     async def scenario() -> list[int]:
-        engine.reset_prefix_cache()
+        await engine.reset_prefix_cache()
         found = [await cached(), await cached()]
-        engine.reset_prefix_cache()
+        await engine.reset_prefix_cache()
         found.append(await cached())
         await settle(engine)
         return found

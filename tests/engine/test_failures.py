@@ -11,9 +11,9 @@ import jax
 import pytest
 
 from engine.async_engine import AsyncEngine
-from engine.core import CoreOptions, EngineCore
+from engine.core import MOST_FAILURES_IN_A_ROW, CoreOptions, EngineCore
 from engine.engine import Engine
-from engine.errors import RequestFailedError
+from engine.errors import EngineDeadError, RequestFailedError
 from engine.outputs import RequestOutput
 from engine.requests.request import Request
 from engine.runtime.executor import Executor, InFlightStep, StepResult
@@ -184,6 +184,54 @@ def test_one_of_n_completions_fails(make_engine: MakeEngine) -> None:
     reasons = [c.finish_reason for c in output.outputs]
     assert output.error is not None and output.finished and "error" in reasons
     assert pool_of(core).num_free == pool_of(core).num_usable
+
+
+@pytest.mark.parametrize("kind", ["dispatch_at", "collect_at"])
+def test_nothing_but_failures_ends_the_engine(kind: str, engine: Engine, core: EngineCore) -> None:
+    """The fifth failure in a row is the last; a success between them starts the count anew."""
+    most = MOST_FAILURES_IN_A_ROW
+    real = core.executor
+    one = SamplingParams(temperature=0, max_tokens=1)
+
+    def serve(request_id: str) -> str | None:
+        core.add(inputs_of(engine).make([5, 6], one, request_id=request_id))
+        reason = None
+        while core.has_work:
+            for output in core.step():
+                reason = output.outputs[0].finish_reason
+        return reason
+
+    core.executor = BrokenExecutor(real, **{kind: tuple(range(most - 1))})  # type: ignore[assignment]
+    assert [serve(f"a{i}") for i in range(most)] == ["error"] * (most - 1) + ["length"]
+    core.executor = BrokenExecutor(real, **{kind: tuple(range(most))})  # type: ignore[assignment]
+    assert [serve(f"b{i}") for i in range(most - 1)] == ["error"] * (most - 1)
+    with pytest.raises(EngineDeadError, match=f"{most} steps .* RuntimeError: injected"):
+        serve("last")
+    core.executor = real
+    while core.has_work:
+        core.step()
+    assert serve("again") == "length"
+
+
+def test_an_async_engine_dies_of_nothing_but_failures(compilation_cache: str) -> None:
+    async def consume(engine: AsyncEngine) -> list[RequestOutput]:
+        return [output async for output in engine.generate([5, 6], SamplingParams(max_tokens=2))]
+
+    async def scenario() -> None:
+        async with AsyncEngine(str(TINY / "llama"), compilation_cache_dir=compilation_cache, **SMALL) as engine:
+            core = engine._built.core
+            core.executor = BrokenExecutor(core.executor, dispatch_at=tuple(range(99)))  # type: ignore[assignment]
+            for _ in range(MOST_FAILURES_IN_A_ROW - 1):
+                with pytest.raises(RequestFailedError, match="injected"):
+                    await consume(engine)
+            await engine.check_health()
+            with pytest.raises(EngineDeadError, match="one after another"):
+                await consume(engine)
+            for call in (engine.check_health, engine.snapshot, engine.reset_prefix_cache, lambda: consume(engine)):
+                with pytest.raises(EngineDeadError, match="one after another"):
+                    await call()
+
+    asyncio.run(scenario())
 
 
 def test_streams_raise(engine: Engine, core: EngineCore) -> None:
