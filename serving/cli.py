@@ -17,6 +17,7 @@ from io import TextIOWrapper
 from engine.errors import QuireError
 from serving.backend import ClientFactory, EngineFactory, ModelConverter, convert_model, create_client, create_engine
 from serving.bench import latency, throughput
+from serving.bench import serve as bench_serve
 from serving.commands import chat, convert, generate, serve
 from serving.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, exit_code
 from serving.version import package_version
@@ -81,10 +82,11 @@ def build_parser(
     generate.set_up(_command(commands, "generate", generate.SUMMARY), engine_factory)
     chat.set_up(_command(commands, "chat", chat.SUMMARY), engine_factory)
     serve.set_up(_command(commands, "serve", serve.SUMMARY), client_factory)
-    bench = commands.add_parser("bench", help="measure speed", description="Measure the engine's speed.")
+    bench = commands.add_parser("bench", help="measure speed", description="Measure the engine or a server.")
     measurements = bench.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
     latency.set_up(_command(measurements, "latency", latency.SUMMARY), engine_factory)
     throughput.set_up(_command(measurements, "throughput", throughput.SUMMARY), engine_factory)
+    bench_serve.set_up(_command(measurements, "serve", bench_serve.SUMMARY))
     convert.set_up(_command(commands, "convert", convert.SUMMARY), converter)
     return parser
 

@@ -66,7 +66,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def summarise(values: Sequence[float], percents: Sequence[int] = (50, 90, 99)) -> dict[str, float]:
+def summarise(values: Sequence[float], percents: Sequence[float] = (50, 90, 99)) -> dict[str, float]:
     """`mean`, `std`, `min`, `max` and the percentiles `p50` … of `values`; an empty dict if there are none."""
     if not values:
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serving.endpoints import chat, completions, health, models, tokenize
+from serving.endpoints import chat, completions, health, models, page, steps, tokenize
 from serving.http.routes import Route
 
 ALL_ROUTES: tuple[Route, ...] = (
@@ -11,4 +11,6 @@ ALL_ROUTES: tuple[Route, ...] = (
     *models.ROUTES,
     *tokenize.ROUTES,
     *health.ROUTES,
+    *steps.ROUTES,
+    *page.ROUTES,
 )

@@ -263,14 +263,17 @@ def local_import_violations(modules: Iterable[Module]) -> list[Violation]:
     return found
 
 
-def dependency_violations(modules: Iterable[Module], declared: Mapping[str, str]) -> list[Violation]:
-    """Every imported library is declared. `declared` maps the names that are imported to their distributions."""
-    known = set(declared) | sys.stdlib_module_names | set(LAYERS)
+def dependency_violations(
+    modules: Iterable[Module], declared: Mapping[str, str], optional: Iterable[str] = ()
+) -> list[Violation]:
+    """Every imported library is declared. `declared` maps the names that are imported to their distributions;
+    `optional` ones, of the extras, are imported inside functions only: a plain installation lacks them."""
+    known, optional = set(declared) | sys.stdlib_module_names | set(LAYERS), set(optional)
     found = []
     for module in modules:
         for imported in module.imports:
             top = imported.target.partition(".")[0]
-            if top not in known:
+            if top not in known and not (top in optional and imported.function is not None):
                 message = f"{top} is imported, but pyproject.toml does not declare it"
                 found.append(Violation(module.path, imported.line, f"{module.path}: {top}", message))
     return found

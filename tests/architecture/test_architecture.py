@@ -17,6 +17,8 @@ from tests.architecture.rules import Module, Violation
 
 ROOT = Path(__file__).resolve().parents[2]
 
+EXTRAS = ("bench",)  # what the packages can use where it is there
+
 # Distributions whose import name is another one.
 IMPORT_NAMES = {"orbax-checkpoint": "orbax", "pyyaml": "yaml"}
 
@@ -71,12 +73,18 @@ def test_early_warnings(modules: list[Module]) -> None:
 
 def test_every_imported_library_is_declared(modules: list[Module]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = [re.split(r"[^A-Za-z0-9_.-]", requirement, maxsplit=1)[0] for requirement in project["dependencies"]]
-    declared = {IMPORT_NAMES.get(name, name.replace("-", "_")): name for name in names}
-    check(rules.dependency_violations(modules, declared | {"jaxlib": "jax"}), allowed.EXTRA_LIBRARIES)
+    optional = [requirement for name in EXTRAS for requirement in project["optional-dependencies"][name]]
+    declared = _import_names(project["dependencies"]) | {"jaxlib": "jax"}
+    check(rules.dependency_violations(modules, declared, _import_names(optional)), allowed.EXTRA_LIBRARIES)
     extras = [name for requirements in project["optional-dependencies"].values() for name in requirements]
     for library in allowed.EXTRA_LIBRARIES:
         assert any(name.startswith(library.rpartition(" ")[2]) for name in extras), f"no extra brings {library}"
+
+
+def _import_names(requirements: Sequence[str]) -> dict[str, str]:
+    """The names that are imported, each with its distribution."""
+    names = [re.split(r"[^A-Za-z0-9_.-]", requirement, maxsplit=1)[0] for requirement in requirements]
+    return {IMPORT_NAMES.get(name, name.replace("-", "_")): name for name in names}
 
 
 def test_what_must_not_import_jax_does_not_do_so_through_others_either(modules: list[Module]) -> None:

@@ -117,6 +117,12 @@ def test_undeclared_libraries_are_found() -> None:
     assert "torch" in violation.message
 
 
+def test_optional_libraries_may_only_be_imported_inside_functions() -> None:
+    module = Module("serving/plot.py", "import matplotlib\ndef draw():\n    import matplotlib")
+    [violation] = rules.dependency_violations([module], {}, ["matplotlib"])
+    assert violation.line == 1
+
+
 def test_relative_imports_are_resolved() -> None:
     def targets(path: str, source: str) -> list[str]:
         return [imported.target for imported in Module(path, source).imports]

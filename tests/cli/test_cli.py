@@ -30,7 +30,17 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["generate"], ["chat"], ["bench"], ["bench", "latency"], ["bench", "throughput"], ["convert"]]
+    "command",
+    [
+        [],
+        ["generate"],
+        ["chat"],
+        ["bench"],
+        ["bench", "latency"],
+        ["bench", "throughput"],
+        ["bench", "serve"],
+        ["convert"],
+    ],
 )
 def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

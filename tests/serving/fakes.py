@@ -72,6 +72,7 @@ class FakeEngine:
         self.live: dict[str, asyncio.Event] = {}
         self.seen: list[tuple[str, Any, SamplingParams, int]] = []
         self.aborted: list[str] = []
+        self.steps: list[StepEvent] = []
         self._inputs = InputProcessor(ModelLimits(VOCAB, self.max_model_len, 20, (2,)), self.tokenizer, 0)
 
     @property
@@ -167,11 +168,20 @@ class FakeEngine:
 
     async def snapshot(self) -> dict[str, Any]:
         """As `EngineClient`."""
-        return {"num_running": len(self.live)}
+        return {
+            "num_steps": len(self.steps),
+            "num_running": len(self.live),
+            "num_waiting": 0,
+            "kv_cache_usage": min(1.0, len(self.live) / 64),
+            "num_preemptions": 0,
+            "num_prefix_queried_tokens": 0,
+            "num_prefix_hit_tokens": 0,
+            "compiles_after_ready": 0,
+        }
 
     async def recent_steps(self, since: int) -> list[StepEvent]:
-        """As `EngineClient`."""
-        return []
+        """As `EngineClient`: what the test put in `steps`."""
+        return [step for step in self.steps if step.step_id >= since]
 
     async def timeline(self, request_id: str) -> RequestTimeline | None:
         """As `EngineClient`."""
