@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -61,6 +62,18 @@ def packed_shapes(shape: tuple[int, ...], storage: Storage) -> tuple[tuple[int, 
     """`[N, K]` of the stored numbers and `[G, N]` of the scales of a `[K, N]` parameter."""
     k, n = shape
     return (n, k), (1 if storage.group_size < 0 else k // storage.group_size, n)
+
+
+def packed_struct(shape: tuple[int, ...], storage: Storage) -> QuantizedWeight:
+    """A `[K, N]` parameter as `jax.ShapeDtypeStruct`s, to trace with."""
+    stored, scales = packed_shapes(shape, storage)
+    return QuantizedWeight(
+        jax.ShapeDtypeStruct(stored, jnp.dtype(KINDS[storage.kind].dtype)),  # type: ignore[arg-type]
+        jax.ShapeDtypeStruct(scales, jnp.dtype(storage.scale_dtype)),  # type: ignore[arg-type]
+        None,
+        storage.kind,
+        storage.group_size,
+    )
 
 
 def packed_bytes(shape: tuple[int, ...], storage: Storage) -> int:

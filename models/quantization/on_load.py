@@ -41,7 +41,7 @@ class OnLoad:
         """See `WeightFormat`: `[out, in]` in the checkpoint's dtype, which is what is rounded."""
         (matrix,) = tensors
         narrow = matrix if matrix.dtype != np.float64 else matrix.astype(np.float32)
-        return finite(_round(jax.device_put(narrow), storage))
+        return _checked(*_round(jax.device_put(narrow), storage))
 
 
 def pack_parameter(matrix: jax.Array, outputs: Sequence[int], storage: Storage) -> QuantizedWeight:
@@ -51,30 +51,26 @@ def pack_parameter(matrix: jax.Array, outputs: Sequence[int], storage: Storage) 
         WeightsError: it holds numbers that are not finite.
     """
     borders = np.cumsum(outputs)[:-1]
-    return finite(side_by_side([_round(part.T, storage) for part in jnp.split(matrix, borders, axis=1)]))
+    return side_by_side([_checked(*_round(part.T, storage)) for part in jnp.split(matrix, borders, axis=1)])
 
 
-def finite(weight: QuantizedWeight) -> QuantizedWeight:
-    """The weight; a number that is not finite would have made its scale so.
-
-    Raises:
-        WeightsError: one is not.
-    """
-    if not bool(jnp.isfinite(weight.scales).all()):
+def _checked(weight: QuantizedWeight, is_finite: jax.Array) -> QuantizedWeight:
+    if not bool(is_finite):
         raise WeightsError("a matrix to be quantized holds numbers that are not finite.")
     return weight
 
 
 @partial(jax.jit, static_argnames="storage")
-def _round(matrix: jax.Array, storage: Storage) -> QuantizedWeight:
-    """`[out, in]` -> packed."""
-    return from_dense(
+def _round(matrix: jax.Array, storage: Storage) -> tuple[QuantizedWeight, jax.Array]:
+    """`[out, in]` -> packed, and whether all numbers were finite: XLA's maximum on a CPU skips NaN."""
+    weight = from_dense(
         matrix.T,
         storage.kind,
         storage.group_size,
         rows_per_scale=storage.rows_per_scale,
         scale_dtype=jnp.dtype(storage.scale_dtype),
     )
+    return weight, jnp.isfinite(matrix).all()
 
 
 def random_weight(key: jax.Array, deviation: float, shape: tuple[int, ...], storage: Storage) -> QuantizedWeight:
