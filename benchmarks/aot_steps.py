@@ -15,9 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.gpu.models import model_config
+from engine.config import KernelConfig
 from engine.runtime.buckets import Bucket
 from engine.runtime.executables import ModelProgram
 from engine.runtime.limits import RuntimeLimits
+from models.functional import Params
+from models.quantization.format import packed_struct
+from models.quantization.schemes import storages_of
 from pallas_kernels.aot import AotUnavailableError, Compiled, compile_lowered, relaunch
 from pallas_kernels.device import H200
 
@@ -27,7 +31,28 @@ PAGE_SIZE = 16
 NUM_PAGES = 32768  # so many that a copy of one layer's pages is more than all other temporaries
 
 
-def program_of(name: str, implementation: str, num_layers: int | None = None) -> ModelProgram:
+@dataclass(frozen=True)
+class Stored:
+    """What weights and keys and values are stored in; activations are bfloat16.
+
+    Attributes:
+        quantization: as of the engine's setting; None = bfloat16.
+        kv_dtype: JAX's name.
+    """
+
+    quantization: str | None = None
+    kv_dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        return f"{self.quantization or 'bf16'} / {'bf16' if self.kv_dtype == 'bfloat16' else self.kv_dtype}"
+
+
+PLAIN = Stored()
+# A model in storages of its own: what a user with one large model would choose between.
+QUANTIZED = {"llama-3.1-8b": (Stored("int4_g128"), Stored("fp8", "float8_e4m3fn"))}
+
+
+def program_of(name: str, implementation: str, num_layers: int | None = None, stored: Stored = PLAIN) -> ModelProgram:
     """The engine's program of a model in bfloat16, with fewer layers if asked for."""
     config, dtype = model_config(name), "bfloat16"
     config = config if num_layers is None else replace(config, layers=config.layers[:num_layers])
@@ -37,16 +62,17 @@ def program_of(name: str, implementation: str, num_layers: int | None = None) ->
         max_model_len=min(config.max_position_embeddings, 32768),
         block_size=PAGE_SIZE,
         dtype=dtype,
-        kv_dtype=dtype,
+        kv_dtype=stored.kv_dtype,
     )
-    return ModelProgram.of(config, limits, NUM_PAGES, implementation)
+    return ModelProgram.of(config, limits, NUM_PAGES, KernelConfig(attention_implementation=implementation))
 
 
 @dataclass(frozen=True)
 class Step:
-    """A compiled step and what it was compiled from."""
+    """A compiled step and what it was compiled from; `params` are shapes."""
 
     program: ModelProgram
+    params: Params
     bucket: Bucket
     compiled: Compiled
 
@@ -56,22 +82,34 @@ class Step:
         return self.compiled.memory.aliased == state_bytes(self.program)
 
 
-def compile_step(name: str, kind: str, implementation: str, num_layers: int | None = None) -> Step:
+def compile_step(
+    name: str, kind: str, implementation: str, num_layers: int | None = None, stored: Stored = PLAIN
+) -> Step:
     """Compile a forward pass for an H200.
 
     Args:
+        name: of the model.
         kind: of `SHAPES`.
-        implementation: of attention.
+        implementation: of attention; products choose for themselves.
+        num_layers: of the model cut down; default all.
+        stored: what weights, keys and values are stored in.
     """
-    program = program_of(name, implementation, num_layers)
+    program = program_of(name, implementation, num_layers, stored)
+    params = shapes_of(program, stored)
     bucket = program.buckets.choose(*SHAPES[kind])
-    return Step(program, bucket, compile_lowered(H200, lambda: lower_step(program, bucket), with_thunks=True))
+    compiled = compile_lowered(H200, lambda: program.lower_forward(bucket, params), with_thunks=True)
+    return Step(program, params, bucket, compiled)
 
 
-def lower_step(program: ModelProgram, bucket: Bucket) -> jax.stages.Lowered:
-    """The forward pass of one bucket; call for a device, inside `compile_lowered`."""
-    params = {name: jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in program.model.shapes.items()}
-    return program.lower_forward(bucket, params)
+def shapes_of(program: ModelProgram, stored: Stored) -> Params:
+    """Shapes of the weights."""
+    storages = {} if stored.quantization is None else storages_of(program.config, stored.quantization)
+    return {
+        name: packed_struct(shape.shape, storages[name])
+        if name in storages
+        else jax.ShapeDtypeStruct(shape.shape, shape.dtype)
+        for name, shape in program.model.shapes.items()
+    }  # type: ignore[return-value]
 
 
 def state_bytes(program: ModelProgram) -> int:
@@ -86,18 +124,19 @@ def page_bytes(program: ModelProgram) -> int:
 
 
 COLUMNS = (
-    *("model", "layers", "step", "attention", "launches", "in place"),
+    *("model", "layers", "weights / KV", "step", "attention", "launches", "in place"),
     *("temporaries (MiB)", "kernels", "lower (s)", "compile (s)"),
 )
 
 
-def _row(name: str, kind: str, implementation: str, num_layers: int | None) -> str:
-    step = compile_step(name, kind, implementation, num_layers)
+def _row(name: str, kind: str, implementation: str, num_layers: int | None, stored: Stored) -> str:
+    step = compile_step(name, kind, implementation, num_layers, stored)
     compiled, bucket = step.compiled, step.bucket
     kinds = Counter(thunk.removeprefix("k") for thunk in compiled.thunks)
     columns = (
         name,
         str(len(step.program.config.layers)),
+        str(stored),
         f"{bucket.num_tokens} tokens, {bucket.num_seqs} sequences",
         implementation,
         ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
@@ -125,8 +164,9 @@ def main(arguments: Sequence[str]) -> int:
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for implementation in ("mosaic_gpu", "xla"):
         for name in MODELS:
-            for kind in SHAPES:
-                print(_row(name, kind, implementation, options.layers), flush=True)
+            for stored in (PLAIN, *QUANTIZED.get(name, ())) if implementation == "mosaic_gpu" else (PLAIN,):
+                for kind in SHAPES:
+                    print(_row(name, kind, implementation, options.layers, stored), flush=True)
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from engine.client import EngineInfo
-from engine.config import EngineConfig, Environment, ModelLoadConfig, reserve_gpu_memory
+from engine.config import QUANTIZATIONS, EngineConfig, Environment, ModelLoadConfig, reserve_gpu_memory
 from engine.core import CoreOptions, EngineCore
 from engine.errors import ConfigError, InvalidRequestError
 from engine.input_processor import InputProcessor, ModelLimits
@@ -62,6 +62,7 @@ class BuiltEngine:
     times: StartTimes
     num_executables: int
     implementations: dict[str, str]
+    quantization: str | None
     default_sampling: SamplingParams
     tokenizer_path: Path | None
     config: EngineConfig
@@ -103,6 +104,7 @@ class BuiltEngine:
             "device": f"{device.platform}:{device.device_kind}",
             "dtype": self.limits.dtype,
             "kv_cache_dtype": self.limits.kv_dtype,
+            "quantization": self.quantization,
             "implementations": dict(self.implementations),
             "max_model_len": self.limits.max_model_len,
             "max_num_seqs": self.limits.max_num_seqs,
@@ -172,6 +174,7 @@ def _build(config: EngineConfig) -> BuiltEngine:
         times=times,
         num_executables=len(executables),
         implementations=chosen_implementations(),
+        quantization=loaded.quantization,
         default_sampling=default_sampling,
         tokenizer_path=tokenizer_path,
         config=config,
@@ -219,7 +222,7 @@ def load_weights(config: ModelLoadConfig, path: Path, report: Report) -> LoadedM
     Raises:
         As `load_model`.
     """
-    loaded = load_model(path, config.load_format, config.dtype, config.seed, report)
+    loaded = load_model(path, config.load_format, config.dtype, config.seed, report, config.quantization)
     jax.block_until_ready(loaded.params)
     return loaded
 
@@ -235,7 +238,13 @@ def make_program(config: EngineConfig, loaded: LoadedModel, cache_dir: Path) -> 
         OutOfMemoryError: not even one request of `max_model_len` fits.
         CacheWriteError: the cache cannot be made.
     """
-    dtype = str(next(iter(loaded.params.values())).dtype)
+    matmul = config.kernels.matmul_implementation
+    if loaded.quantization is None and matmul != "auto":
+        raise ConfigError(
+            f"matmul_implementation={matmul!r} is of products with quantized weights, and this model has none. "
+            f"Set quantization to one of {', '.join(QUANTIZATIONS)}, or leave it 'auto'."
+        )
+    dtype = loaded.dtype
     limits = resolve_limits(config, loaded.config, dtype)
     enable_persistent_cache(config.compile, cache_dir)
     ledger, program = _size(config, loaded.config, loaded.params, limits)
@@ -251,9 +260,9 @@ def _size(
     Raises:
         OutOfMemoryError: not even one request of `max_model_len` fits.
     """
-    smallest = ModelProgram.of(model, limits, 2, config.kernels.attention_implementation)
+    smallest = ModelProgram.of(model, limits, 2, config.kernels)
     useful = limits.max_num_seqs * limits.max_blocks_per_seq
-    weights = sum(array.nbytes for array in params.values())
+    weights = sum(array.on_device_size_in_bytes() for array in jax.tree.leaves(params))
 
     def ledger_for(temporaries: int) -> MemoryLedger:
         return plan_blocks(

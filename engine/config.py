@@ -15,6 +15,7 @@ from types import NoneType
 from typing import Any
 
 from engine.errors import ConfigError
+from models.quantization.schemes import SCHEMES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
@@ -22,6 +23,7 @@ GENERATION_CONFIGS = ("auto", "none")
 POLICIES = ("fcfs", "priority")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "mosaic_gpu", "mosaic_gpu_simulated")
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3")
+QUANTIZATIONS = tuple(SCHEMES)
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:  # noqa: A002 - argparse's own word
@@ -65,6 +67,9 @@ class ModelLoadConfig:
     tokenizer: str | None = _setting(None, "tokenizer directory or hub id, if not the model's own")
     skip_tokenizer_init: bool = _setting(False, "load no tokenizer: prompts are token ids, outputs have no text")
     dtype: str = _setting("auto", "dtype of weights and activations; auto = the checkpoint's own", DTYPES)
+    quantization: str | None = _setting(
+        None, "round the layers' matrices while loading; default: as the checkpoint has them", QUANTIZATIONS
+    )
     load_format: str = _setting("auto", "format of the weights; dummy = seeded random weights", LOAD_FORMATS)
     max_model_len: int | None = _setting(None, "longest prompt + output, in tokens; default: the model's own limit")
     revision: str | None = _setting(None, "branch, tag or commit of the hub repository")
@@ -81,6 +86,8 @@ class ModelLoadConfig:
         _check_types(self)
         _check(bool(self.model), "model must not be empty.")
         _check_choice("dtype", self.dtype, DTYPES)
+        if self.quantization is not None:
+            _check_choice("quantization", self.quantization, QUANTIZATIONS)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("generation_config", self.generation_config, GENERATION_CONFIGS)
         _check(
@@ -174,11 +181,13 @@ class KernelConfig:
     """Which implementation runs: 'auto' climbs the ladder and logs its choice, a name runs or refuses."""
 
     attention_implementation: str = _setting("auto", "implementation of paged attention", IMPLEMENTATIONS)
+    matmul_implementation: str = _setting("auto", "implementation of products with quantized weights", IMPLEMENTATIONS)
     pin_cpu_threads: bool = _setting(True, "on a CPU, keep each of XLA's worker threads on a core of its own")
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_choice("attention_implementation", self.attention_implementation, IMPLEMENTATIONS)
+        _check_choice("matmul_implementation", self.matmul_implementation, IMPLEMENTATIONS)
 
 
 PARTS = ("load", "cache", "scheduler", "compile", "kernels")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engine.builder import fetch_options
 from engine.config import EngineConfig, Environment
+from engine.errors import ConfigError
 from engine.runtime.progress import Report
 from engine.text.tokenizer import Tokenizer
 from models.loading.load import load_model
@@ -22,8 +23,14 @@ def convert_model(config: EngineConfig, out: Path, progress: Report) -> None:
         progress: called as weights are loaded.
 
     Raises:
+        ConfigError: a quantization is set.
         QuireError: of the kind that fits: model not found, unsupported, damaged; `out` exists or cannot be written.
     """
+    if config.load.quantization is not None:
+        raise ConfigError(
+            f"A converted checkpoint holds full-precision weights: quantization={config.load.quantization!r} is for "
+            "loading it. Leave it out here, and name it where the checkpoint is served."
+        )
     files = resolve_model(
         config.load.model, fetch_options(config.load, Environment.read(), progress), config.load.revision
     )

@@ -21,11 +21,13 @@ from pallas_kernels.paged_attention import AttentionProblem, plan_attention
 class Block(nnx.Module):
     """Pre-norm block: attention and gated MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, problem: AttentionProblem, *, dtype: str) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: LayerConfig, problem: AttentionProblem, *, dtype: str, matmul: str
+    ) -> None:
         self.attn_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.attn = Attention(config, layer, problem, dtype=dtype)
+        self.attn = Attention(config, layer, problem, dtype=dtype, matmul=matmul)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.mlp = GatedMlp(config, dtype=dtype)
+        self.mlp = GatedMlp(config, dtype=dtype, matmul=matmul)
 
     def __call__(self, x: jax.Array, pages: Pages, step: StepContext) -> tuple[jax.Array, Pages]:
         """[T, E] and this layer's pages -> both, advanced."""
@@ -42,11 +44,18 @@ class Table(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer over a paged KV cache."""
+    """A decoder-only transformer over a paged KV cache.
 
-    def __init__(self, config: ModelConfig, problem: AttentionProblem, *, dtype: str) -> None:
+    Args:
+        config: what it is.
+        problem: of attention; names its implementation.
+        dtype: of activations, and of weights that are not packed.
+        matmul: implementation of products with packed weights.
+    """
+
+    def __init__(self, config: ModelConfig, problem: AttentionProblem, *, dtype: str, matmul: str = "auto") -> None:
         self.embed = Table(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = nnx.List([Block(config, layer, problem, dtype=dtype) for layer in config.layers])
+        self.layers = nnx.List([Block(config, layer, problem, dtype=dtype, matmul=matmul) for layer in config.layers])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.head = None if config.tie_word_embeddings else Table(config.vocab_size, config.hidden_size, dtype=dtype)
         self.config = config

@@ -1,8 +1,8 @@
 """Between modules and flat arrays: the only file that splits and merges NNX modules.
 
-Layers are written as `nnx.Module`s; what runs are pure functions of a flat dict `name -> array`. Passing NNX state
-through `jit` costs milliseconds per call, a flat dict microseconds; and names as in `models.parameters` are what
-checkpoints are loaded under.
+Layers are written as `nnx.Module`s; what runs are pure functions of a flat dict `name -> weight`, an array or a packed
+matrix of two or three. Passing NNX state through `jit` costs milliseconds per call, a flat dict microseconds; and names
+as in `models.parameters` are what checkpoints are loaded under.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-Params = dict[str, jax.Array]
+from models.layers.product import Weight
+
+Params = dict[str, Weight]
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -31,12 +33,13 @@ class FunctionalModel[M: nnx.Module]:
     def __init__(self, build: Callable[[], M]) -> None:
         self._graph, state = nnx.split(nnx.eval_shape(build))
         self._state = state
+        # As if nothing were packed.
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {
             _name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)
         }
 
-    def bind(self, params: Mapping[str, jax.Array]) -> M:
-        """The module with these arrays. Call inside a traced function.
+    def bind(self, params: Mapping[str, Weight]) -> M:
+        """The module with these weights. Call inside a traced function.
 
         Raises:
             KeyError: a parameter is missing.

@@ -26,6 +26,15 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def output_sizes(config: ModelConfig, name: str) -> tuple[int, ...]:
+    """Outputs of the projections that lie side by side in a layer's matrix."""
+    if name.endswith("attn.qkv.weight"):
+        return config.q_size, config.kv_size, config.kv_size
+    if name.endswith("mlp.gate_up.weight"):
+        return config.intermediate_size, config.intermediate_size
+    return (parameter_shapes(config)[name][-1],)
+
+
 def layer_parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name (without `layers.{i}.`) and shape of the parameters of one layer; all layers have the same."""
     model, ffn = config.hidden_size, config.intermediate_size

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from engine.config import CompileConfig
+from engine.config import CompileConfig, KernelConfig
 from engine.runtime.buckets import Bucket, BucketTable
 from engine.runtime.compile import compile_all
 from engine.runtime.device_state import ForwardState, SampleState, make_forward_state, make_sample_state
@@ -28,6 +28,7 @@ from models.functional import FunctionalModel, Params
 from pallas_kernels.kv_layout import KVLayout
 from pallas_kernels.paged_attention import AttentionProblem
 
+DEFAULT_KERNELS = KernelConfig()
 TABLE_UPDATES = 1024  # block table entries per extra update call
 Compiled = Callable[..., Any]
 
@@ -53,12 +54,14 @@ class ModelProgram:
     cache: KVLayout
 
     @classmethod
-    def of(cls, config: ModelConfig, limits: RuntimeLimits, num_pages: int, attention: str = "auto") -> ModelProgram:
+    def of(
+        cls, config: ModelConfig, limits: RuntimeLimits, num_pages: int, kernels: KernelConfig = DEFAULT_KERNELS
+    ) -> ModelProgram:
         """The program of a model's config.
 
         Args:
             num_pages: KV blocks, the null block included.
-            attention: implementation of paged attention.
+            kernels: implementations.
         """
         problem = AttentionProblem(
             num_heads=config.num_heads,
@@ -67,10 +70,12 @@ class ModelProgram:
             page_size=limits.block_size,
             dtype=limits.dtype,
             kv_dtype=limits.kv_dtype,
-            implementation=attention,
+            implementation=kernels.attention_implementation,
         )
         cache = KVLayout(num_pages, config.num_kv_heads, limits.block_size, config.head_dim, limits.kv_dtype)
-        return cls(FunctionalModel(lambda: Decoder(config, problem, dtype=limits.dtype)), config, limits, cache)
+        matmul = kernels.matmul_implementation
+        build = partial(Decoder, config, problem, dtype=limits.dtype, matmul=matmul)
+        return cls(FunctionalModel(build), config, limits, cache)
 
     def with_pages(self, num_pages: int) -> ModelProgram:
         """The same with another number of KV blocks."""

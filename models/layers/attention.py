@@ -37,9 +37,12 @@ class StepContext:
 class Attention(nnx.Module):
     """Causal self-attention; sliding window, rope and q/k norm as the layer's config says."""
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, problem: AttentionProblem, *, dtype: str) -> None:
-        self.qkv = Linear(config.hidden_size, config.q_size + 2 * config.kv_size, bias=config.qkv_bias, dtype=dtype)
-        self.o = Linear(config.q_size, config.hidden_size, bias=config.o_bias, dtype=dtype)
+    def __init__(
+        self, config: ModelConfig, layer: LayerConfig, problem: AttentionProblem, *, dtype: str, matmul: str
+    ) -> None:
+        model, qkv = config.hidden_size, config.q_size + 2 * config.kv_size
+        self.qkv = Linear(model, qkv, bias=config.qkv_bias, dtype=dtype, matmul=matmul)
+        self.o = Linear(config.q_size, model, bias=config.o_bias, dtype=dtype, matmul=matmul)
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.layer = layer

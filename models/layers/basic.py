@@ -7,19 +7,27 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.config import ModelConfig
-from pallas_kernels.matmul import matmul
+from models.layers.product import Weight, product
 
 
 class Linear(nnx.Module):
-    """`x @ weight (+ bias)`, weight `[in, out]`."""
+    """`x @ weight (+ bias)`, weight `[in, out]`: whatever `product` multiplies with.
 
-    def __init__(self, num_in: int, num_out: int, *, bias: bool, dtype: str) -> None:
-        self.weight = nnx.Param(jnp.zeros((num_in, num_out), dtype))
+    Args:
+        num_in, num_out: sizes.
+        bias: whether there is one.
+        dtype: of activations, and of weights that are not packed.
+        matmul: implementation of products with packed weights.
+    """
+
+    def __init__(self, num_in: int, num_out: int, *, bias: bool, dtype: str, matmul: str) -> None:
+        self.weight: nnx.Param[Weight] = nnx.Param(jnp.zeros((num_in, num_out), dtype))
         self.bias = nnx.Param(jnp.zeros((num_out,), dtype)) if bias else None
+        self.matmul = matmul
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, in] -> [T, out]."""
-        y = matmul(x, self.weight[...])
+        y = product(x, self.weight.get_value(), self.matmul)
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -40,9 +48,10 @@ class RMSNorm(nnx.Module):
 class GatedMlp(nnx.Module):
     """`down(act(gate(x)) * up(x))` with gate and up in one product (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, *, dtype: str) -> None:
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias, dtype=dtype)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, dtype=dtype)
+    def __init__(self, config: ModelConfig, *, dtype: str, matmul: str) -> None:
+        model, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up = Linear(model, 2 * ffn, bias=bias, dtype=dtype, matmul=matmul)
+        self.down = Linear(ffn, model, bias=bias, dtype=dtype, matmul=matmul)
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:

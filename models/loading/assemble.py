@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
 import numpy as np
 
 from models.config import ModelConfig
 from models.errors import WeightsError
 from models.families.common import Family
 from models.families.tensors import Assembly, is_harmless_extra
+from models.layers.product import Weight
 from models.loading.source import Progress, TensorSource
-from models.loading.transfer import NUM_THREADS, shares, stream_to_device
+from models.loading.transfer import NUM_THREADS, Packed, shares, stream_to_device
 from models.parameters import parameter_shapes
+from models.quantization.format import WeightFormat, side_by_side
+from models.quantization.schemes import Storage
+from pallas_kernels.quantized_matmul import QuantizedWeight
 
 _LISTED = 3  # faults that an error spells out
 # Rows transposed together: their elements of one column fill a cache line of the result. Measured on 2 cores: 5 to 10
@@ -22,14 +25,27 @@ _CACHE_LINE_BYTES = 64
 _TILE_BYTES = 1 << 18  # rows cast together where nothing is transposed
 
 
-def check_tensors(family: Family, config: ModelConfig, source: TensorSource) -> None:
+def check_tensors(
+    family: Family, config: ModelConfig, source: TensorSource, weight_format: WeightFormat | None = None
+) -> None:
     """Compare what the checkpoint has with what the decoder needs.
+
+    Args:
+        family, config: of the decoder.
+        source: the checkpoint.
+        weight_format: which stores some of the matrices; None if all are plain.
 
     Raises:
         WeightsError: one error for all faults; names the first of them with what was expected and found, and counts
             the rest.
     """
-    expected = {tensor.name: tensor.shape for a in family.assemblies(config).values() for tensor in a.sources}
+    packed = {} if weight_format is None else weight_format.storages(config)
+    expected = {
+        stored.name: stored.shape
+        for name, assembly in family.assemblies(config).items()
+        for tensor in assembly.sources
+        for stored in (weight_format.tensors(tensor) if weight_format and name in packed else (tensor,))
+    }
     present = set(source.names())
     missing = [f"{name} is missing, expected {list(shape)}" for name, shape in expected.items() if name not in present]
     misshapen = [
@@ -59,22 +75,41 @@ def assemble(
     source: TensorSource,
     dtype: np.dtype,
     progress: Progress | None = None,
-) -> dict[str, jax.Array]:
+    weight_format: WeightFormat | None = None,
+) -> dict[str, Weight]:
     """Make every parameter and put it on the default device.
 
-    Host memory: two parameters and one tensor of the source at most, besides what the source keeps.
+    Host memory: two parameters and one tensor of the source at most, besides what the source keeps. Packed parameters
+    are made from one projection at a time.
 
     Raises:
-        WeightsError: tensors are missing, extra or misshapen, cannot be read, or overflow float16.
+        UnsupportedModelError: the model cannot be stored in the weight format.
+        WeightsError: tensors are missing, extra or misshapen, cannot be read, overflow float16, or cannot be packed.
     """
-    check_tensors(family, config, source)
+    check_tensors(family, config, source, weight_format)
     assemblies = family.assemblies(config)
+    packed = Packed()
+    if weight_format is not None:
+        storages = weight_format.storages(config)
+        packed = Packed(storages, lambda name: _pack(assemblies[name], source, weight_format, storages[name]))
     with ThreadPoolExecutor(NUM_THREADS) as pool:
 
         def fill(name: str, host: np.ndarray) -> None:
             _fill(host, assemblies[name], source, pool)
 
-        return stream_to_device(parameter_shapes(config), dtype, fill, progress)
+        return stream_to_device(parameter_shapes(config), dtype, fill, progress, packed)
+
+
+def _pack(assembly: Assembly, source: TensorSource, weight_format: WeightFormat, storage: Storage) -> QuantizedWeight:
+    """One packed parameter, projection by projection."""
+    parts = []
+    for tensor in assembly.sources:
+        stored = [source.read(needed.name) for needed in weight_format.tensors(tensor)]
+        try:
+            parts.append(weight_format.pack(stored, storage))
+        except WeightsError as error:
+            raise WeightsError(f"{tensor.name}: {error}") from error
+    return side_by_side(parts)
 
 
 def _fill(host: np.ndarray, assembly: Assembly, source: TensorSource, pool: ThreadPoolExecutor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -11,39 +12,57 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import ModelConfig
+from models.layers.product import Weight
 from models.loading.source import Progress
 from models.loading.transfer import total_bytes
 from models.parameters import parameter_shapes
+from models.quantization.on_load import random_weight
+from models.quantization.schemes import Storage
 
 
 def dummy_parameters(
-    config: ModelConfig, dtype: np.dtype, seed: int, progress: Progress | None = None
-) -> dict[str, jax.Array]:
+    config: ModelConfig,
+    dtype: np.dtype,
+    seed: int,
+    progress: Progress | None = None,
+    storages: Mapping[str, Storage] | None = None,
+) -> dict[str, Weight]:
     """Random parameters that keep activations and logits near unit size, so that softmax and sampling do real work.
 
     A parameter depends on the seed and its own name only. Norm weights are 1, biases and matrices uniform with the
     standard deviation that keeps the variance of what flows through them; what feeds the residual stream is divided
     by sqrt(2 L), as GPT-2 does (Radford et al. 2019, section 2.3).
+
+    Args:
+        config: the decoder.
+        dtype: of what is not packed.
+        seed: of the random numbers.
+        progress: called after each parameter.
+        storages: parameter -> how it is stored, of those that are packed. They are made packed and never were dense.
     """
-    shapes = parameter_shapes(config)
-    total, done = total_bytes(shapes, dtype), 0
+    shapes, storages = parameter_shapes(config), storages or {}
+    total, done = total_bytes(shapes, dtype, storages), 0
     key = jax.random.key(seed)
-    params: dict[str, jax.Array] = {}
+    params: dict[str, Weight] = {}
     for name, shape in shapes.items():
-        params[name] = _make(name, shape, dtype, key, config.num_layers)
-        done += params[name].nbytes
+        params[name] = _make(name, shape, dtype, key, config.num_layers, storages.get(name))
+        done += total_bytes({name: shape}, dtype, storages)
         if progress is not None:
-            params[name].block_until_ready()
+            jax.block_until_ready(params[name])
             progress(done, total, name)
     return jax.block_until_ready(params)
 
 
-def _make(name: str, shape: tuple[int, ...], dtype: np.dtype, key: jax.Array, num_layers: int) -> jax.Array:
+def _make(
+    name: str, shape: tuple[int, ...], dtype: np.dtype, key: jax.Array, num_layers: int, storage: Storage | None
+) -> Weight:
     if name.endswith("norm.weight"):
         return jnp.ones(shape, dtype)
     scale = _scale(name, shape, num_layers)
     # crc32 and not hash(): the same in every process.
     own_key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
+    if storage is not None:
+        return random_weight(own_key, scale, shape, storage)
     return _uniform(own_key, scale * math.sqrt(3), shape=shape, dtype=dtype)
 
 

@@ -14,6 +14,7 @@ from models.config import ModelConfig
 from models.errors import ModelNotFoundError, UnsupportedModelError
 from models.families.common import Family
 from models.families.fields import RawConfig, strings
+from models.functional import Params
 from models.loading.assemble import assemble
 from models.loading.dtypes import resolve_dtype
 from models.loading.dummy import dummy_parameters
@@ -23,6 +24,8 @@ from models.loading.manifest import read_manifest
 from models.loading.orbax import is_quire_checkpoint, load_checkpoint
 from models.loading.safetensors import has_safetensors, open_safetensors
 from models.loading.source import Progress, TensorSource
+from models.quantization.on_load import OnLoad
+from models.quantization.schemes import describe
 from models.registry import resolve_family
 
 logger = logging.getLogger(__name__)
@@ -33,10 +36,22 @@ FORMATS = ("safetensors", "gguf", "orbax", "dummy")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on the device: its config, and its parameters by name (`models.parameters.parameter_shapes`)."""
+    """A model on the device.
+
+    Attributes:
+        config: the decoder.
+        params: by name (`models.parameters.parameter_shapes`).
+        quantization: in words, which parameters are packed and how; None if none is.
+    """
 
     config: ModelConfig
-    params: dict[str, jax.Array]
+    params: Params
+    quantization: str | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Of what is not packed, and of activations."""
+        return str(jax.tree.leaves(self.params["norm.weight"])[0].dtype)
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,7 @@ def load_model(
     dtype: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
+    quantization: str | None = None,
 ) -> LoadedModel:
     """Load a model onto the default device.
 
@@ -65,23 +81,35 @@ def load_model(
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
         seed: of dummy weights.
         progress: called after each parameter.
+        quantization: None, or a key of `models.quantization.schemes.SCHEMES`: the layers' matrices are rounded so.
 
     Raises:
         ModelNotFoundError: the model, its config or its weights are not there.
-        UnsupportedModelError: the architecture, a config value, a dtype or the format is not supported.
+        UnsupportedModelError: the architecture, a config value, a dtype, the format or the quantization is not
+            supported.
         WeightsError: the files are damaged, or the weights do not fit the config.
     """
     chosen = choose_format(path, load_format)
     logger.info("load_format: %s (asked for: %s)", chosen, load_format)
+    on_load = None if quantization is None else OnLoad(quantization)
+
+    def loaded(config: ModelConfig, params: Params) -> LoadedModel:
+        if on_load is None:
+            return LoadedModel(config, params)
+        about = describe(on_load.scheme, on_load.storages(config))
+        logger.info("quantization: %s", about)
+        return LoadedModel(config, params, about)
+
     if chosen == "orbax":
-        config, params = load_checkpoint(path, dtype, progress)
-        return LoadedModel(config, params)
+        return loaded(*load_checkpoint(path, dtype, progress, on_load))
     if chosen == "dummy":
         config = read_config(path)
-        return LoadedModel(config, dummy_parameters(config, resolve_dtype(dtype, config), seed, progress))
+        storages = None if on_load is None else on_load.storages(config)
+        return loaded(config, dummy_parameters(config, resolve_dtype(dtype, config), seed, progress, storages))
     checkpoint = open_checkpoint(path, chosen)
     config, resolved = checkpoint.config, resolve_dtype(dtype, checkpoint.config)
-    return LoadedModel(config, assemble(checkpoint.family, config, checkpoint.open_tensors(), resolved, progress))
+    tensors = checkpoint.open_tensors()
+    return loaded(config, assemble(checkpoint.family, config, tensors, resolved, progress, on_load))
 
 
 def read_config(path: Path) -> ModelConfig:

@@ -27,11 +27,15 @@ import orbax.checkpoint as ocp
 
 from models.config import ModelConfig
 from models.errors import WeightsError
+from models.layers.product import Weight
 from models.loading.dtypes import SERVING_DTYPES, resolve_dtype
 from models.loading.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from models.loading.source import Progress
-from models.loading.transfer import NUM_THREADS, shares, stream_to_device, total_bytes
-from models.parameters import parameter_shapes
+from models.loading.transfer import NUM_THREADS, Packed, aligned_empty, shares, stream_to_device, total_bytes
+from models.parameters import output_sizes, parameter_shapes
+from models.quantization.on_load import OnLoad, pack_parameter
+from models.quantization.schemes import Storage
+from pallas_kernels.quantized_matmul import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +64,12 @@ def is_quire_checkpoint(directory: Path) -> bool:
 
 
 def save_checkpoint(
-    params: Mapping[str, jax.Array], config: ModelConfig, path: Path, originals: Path | None = None
+    params: Mapping[str, Weight], config: ModelConfig, path: Path, originals: Path | None = None
 ) -> None:
     """Write a checkpoint; `path` appears complete or not at all.
 
     Args:
-        params: every parameter of the decoder, of one serving dtype.
+        params: every parameter of the decoder, of one serving dtype, none of them packed.
         config: the decoder.
         path: a directory that does not exist yet.
         originals: the model's directory, whose `COPIED_FILES` come along (tokenizer, configs).
@@ -73,8 +77,9 @@ def save_checkpoint(
     Raises:
         WeightsError: the parameters are not the decoder's, or `path` exists or cannot be written.
     """
-    _check_shapes({name: array.shape for name, array in params.items()}, config, "the parameters to save")
-    dtypes = {str(array.dtype) for array in params.values()}
+    arrays = {name: weight for name, weight in params.items() if isinstance(weight, jax.Array)}
+    _check_shapes({name: array.shape for name, array in arrays.items()}, config, "the parameters to save")
+    dtypes = {str(array.dtype) for array in arrays.values()}
     if len(dtypes) != 1 or not dtypes <= SERVING_DTYPES.keys():
         raise WeightsError(
             f"Parameters must share one dtype of {', '.join(SERVING_DTYPES)}; found {', '.join(sorted(dtypes))}."
@@ -87,7 +92,7 @@ def save_checkpoint(
         try:
             partial.chmod(0o755)  # mkdtemp's directory is for its owner only
             with ocp.Checkpointer(_handler()) as checkpointer:
-                checkpointer.save(partial.absolute() / WEIGHTS_NAME, args=ocp.args.PyTreeSave(dict(params)))
+                checkpointer.save(partial.absolute() / WEIGHTS_NAME, args=ocp.args.PyTreeSave(arrays))
             write_manifest(partial, Manifest(config, dtypes.pop()))
             if originals is not None:
                 _copy_files(originals, partial)
@@ -100,17 +105,24 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, dtype: str = "auto", progress: Progress | None = None
-) -> tuple[ModelConfig, dict[str, jax.Array]]:
-    """Load a checkpoint onto the default device; `dtype` "auto" is the one it was saved in.
+    path: Path, dtype: str = "auto", progress: Progress | None = None, quantization: OnLoad | None = None
+) -> tuple[ModelConfig, dict[str, Weight]]:
+    """Load a checkpoint onto the default device.
+
+    Args:
+        path: of the checkpoint.
+        dtype: "auto" is the one it was saved in.
+        progress: called after each parameter.
+        quantization: of the layers' matrices, one at a time.
 
     Raises:
         ModelNotFoundError: `path` is not a Quire checkpoint.
-        UnsupportedModelError: no such dtype.
+        UnsupportedModelError: no such dtype, or the model cannot be quantized so.
         WeightsError: an array is missing, truncated or misshapen, or `quire.json` is corrupted.
     """
     manifest = read_manifest(path)
     config, weights = manifest.config, path / WEIGHTS_NAME
+    storages = {} if quantization is None else quantization.storages(config)
     stored = resolve_dtype(manifest.dtype, config)
     served = stored if dtype == "auto" else resolve_dtype(dtype, config)
     layouts = {file.parent.name: _read_layout(file) for file in weights.glob("*/.zarray")}
@@ -119,18 +131,35 @@ def load_checkpoint(
         _check_shapes({name: tuple(layout["shape"]) for name, layout in layouts.items()}, config, str(weights))
     if other_format or not all(_is_raw(layout, stored) for layout in layouts.values()):
         logger.info("%s is not stored as plain arrays: Orbax restores it", weights)
-        return config, _restore_with_orbax(weights, config, served, progress)
+        restored = _restore_with_orbax(weights, config, served, progress)
+        return config, {
+            name: _pack(name, array, config, storages[name]) if name in storages else array
+            for name, array in restored.items()
+        }
 
+    shapes = parameter_shapes(config)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
 
         def fill(name: str, host: np.ndarray) -> None:
             file = weights / name / ".".join(["0"] * host.ndim)
-            buffer = host if served == stored else np.empty(host.shape, stored)
+            buffer = host if host.dtype == stored else np.empty(host.shape, stored)
             _read_into(file, buffer, pool)
             if buffer is not host:
                 host[...] = buffer
 
-        return config, stream_to_device(parameter_shapes(config), served, fill, progress)
+        def pack(name: str) -> QuantizedWeight:
+            host = aligned_empty(shapes[name], stored)
+            fill(name, host)
+            return _pack(name, jax.device_put(host), config, storages[name])
+
+        return config, stream_to_device(shapes, served, fill, progress, Packed(storages, pack))
+
+
+def _pack(name: str, matrix: jax.Array, config: ModelConfig, storage: Storage) -> QuantizedWeight:
+    try:
+        return pack_parameter(matrix, output_sizes(config, name), storage)
+    except WeightsError as error:
+        raise WeightsError(f"{name}: {error}") from error
 
 
 def _copy_files(source: Path, target: Path) -> None:

@@ -5,20 +5,48 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 
+from models.layers.product import Weight
 from models.loading.source import Progress
+from models.quantization.format import packed_bytes
+from models.quantization.schemes import Storage
+from pallas_kernels.quantized_matmul import QuantizedWeight
 
 NUM_THREADS = min(8, os.cpu_count() or 1)  # that copy or read one parameter together
 _PARALLEL_BYTES = 1 << 20  # below this one thread is faster
 _ALIGNMENT = 64  # bytes; XLA on CPU takes over a buffer that is aligned so, instead of copying it
 
 
-def total_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> int:
+def _nothing(name: str) -> QuantizedWeight:
+    raise KeyError(f"{name} is not packed")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Parameters that do not become plain arrays.
+
+    Attributes:
+        storages: parameter -> how it is stored.
+        make: (parameter) -> the packed weight on the device.
+    """
+
+    storages: Mapping[str, Storage] = field(default_factory=dict)
+    make: Callable[[str], QuantizedWeight] = _nothing
+
+
+def total_bytes(
+    shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, storages: Mapping[str, Storage] | None = None
+) -> int:
     """Size of all parameters as served."""
-    return sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    storages = storages or {}
+    return sum(
+        packed_bytes(shape, storages[name]) if name in storages else math.prod(shape) * dtype.itemsize
+        for name, shape in shapes.items()
+    )
 
 
 def shares(count: int, multiple: int, size_bytes: int) -> list[slice]:
@@ -36,30 +64,37 @@ def stream_to_device(
     dtype: np.dtype,
     fill: Callable[[str, np.ndarray], None],
     progress: Progress | None = None,
-) -> dict[str, jax.Array]:
-    """Let `fill(name, host)` write each parameter into a host buffer and hand the buffer to the default device.
+    packed: Packed | None = None,
+) -> dict[str, Weight]:
+    """Let `fill(name, host)` write each parameter into a host buffer and hand the buffer to the default device; those
+    in `packed` are made by it instead.
 
     A transfer runs while the next buffer is filled, and no further ahead: at most two host buffers are alive.
 
     Returns:
-        name → array of `shapes[name]` and `dtype`, all there.
+        name → array of `shapes[name]` and `dtype`, or packed weight, all there.
     """
-    total, done = total_bytes(shapes, dtype), 0
-    params: dict[str, jax.Array] = {}
+    packed = packed or Packed()
+    total, done = total_bytes(shapes, dtype, packed.storages), 0
+    params: dict[str, Weight] = {}
     in_flight: jax.Array | None = None
     for name, shape in shapes.items():
-        host = _aligned_empty(shape, dtype)
-        fill(name, host)
-        if in_flight is not None:
-            in_flight.block_until_ready()
-        in_flight = params[name] = jax.device_put(host)
-        done += host.nbytes
+        if name in packed.storages:
+            params[name] = packed.make(name)
+        else:
+            host = aligned_empty(shape, dtype)
+            fill(name, host)
+            if in_flight is not None:
+                in_flight.block_until_ready()
+            in_flight = params[name] = jax.device_put(host)
+        done += total_bytes({name: shape}, dtype, packed.storages)
         if progress is not None:
             progress(done, total, name)
     return jax.block_until_ready(params)
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A host buffer that XLA on CPU takes over without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT

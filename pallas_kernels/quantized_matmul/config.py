@@ -17,6 +17,9 @@ from pallas_kernels.tuning import tuned_entries
 OP_NAME = "quantized_matmul"
 WARPGROUPS = 2  # that compute; a third one copies
 MMA_ROWS = 64  # of one warpgroup's tensor core instruction: outputs here, as weights are its left operand
+# Of 8-bit floats, whose products a tensor core adds in about 14 bits before they are added in float32; DeepSeek-V3's
+# interval (arXiv 2412.19437, section 3.3.2).
+PROMOTED_INPUTS = 128
 _RESERVE = 4096  # bytes of shared memory for barriers and alignment
 _ACCUMULATORS = 128  # registers of a thread for sums (of 232 that a thread has): more spill
 
@@ -55,7 +58,9 @@ class TileConfig:
             return f"groups of {group} are shorter than a step of {self.inputs}"
         if self.scale_weights and (not problem.in_groups or problem.rule.activations or problem.dtype != "bfloat16"):
             return "only bfloat16 activations meet weights that are scaled by groups"
-        twice = problem.in_groups and not self.scale_weights  # a group's own, and all
+        if problem.is_promoted and self.inputs > PROMOTED_INPUTS:
+            return f"a step of {self.inputs} inputs is longer than the {PROMOTED_INPUTS} that are added in float32"
+        twice = problem.is_promoted or (problem.in_groups and not self.scale_weights)  # a step's own, and all
         sums = self.rows * self.outputs // WARPGROUPS // 128 * (2 if twice else 1)
         if sums > _ACCUMULATORS:
             return f"{sums} registers a thread for sums, more than {_ACCUMULATORS}"
@@ -97,7 +102,8 @@ def heuristic(problem: QuantizedMatmulProblem, device: Device) -> TileConfig:
     if both_narrow and problem.group_size > 0:
         inputs = min(inputs, problem.group_size)
     scale_weights = rows == 128 and problem.in_groups and not both_narrow and problem.dtype == "bfloat16"
-    products = problem.in_groups and not scale_weights  # scaled one by one: twice the registers
+    # Scaled, or promoted, one by one: twice the registers.
+    products = problem.is_promoted or (problem.in_groups and not scale_weights)
     if products and 0 < problem.group_size < inputs:
         rows = min(rows, 64)
     row_tiles, outputs = -(-problem.m // rows), 128

@@ -13,8 +13,9 @@ along K the copying warpgroup brings a tile of packed weights, one of activation
   subtracted there, exactly. Scales of groups multiply the group's float32 product, so that nothing is rounded on the
   way, or, in tiles of many rows (`scale_weights`), the weights, which are fewer.
 - Both narrow (IGMMA, QGMMA): multiplied as they are, from shared memory. Scales per token and output multiply once at
-  the end. With groups, each group's product is scaled and added in float32, which also bounds what the tensor cores'
-  accumulator for 8-bit floats loses (it keeps about 14 bits: DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+  the end. With groups, each group's product is scaled and added in float32.
+- The tensor cores' accumulator for 8-bit floats keeps about 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). So
+  their products never stay in it longer than one step, at most 128 inputs: each step's is added in float32.
 
 Results are transposed on their way through shared memory. Parts of K (`splits`) leave as float32 and are added, in
 their order, by XLA.
@@ -152,6 +153,11 @@ class Plan:
     def in_groups(self) -> bool:
         """Whether products are scaled step by step."""
         return self.problem.in_groups
+
+    @property
+    def in_registers(self) -> bool:
+        """Whether sums are values in registers, and not a tensor core's accumulator over all steps."""
+        return self.weight_only or self.in_groups or self.problem.is_promoted
 
     @property
     def group(self) -> int:
@@ -355,7 +361,7 @@ def _compute_tile(
         plgpu.copy_smem_to_gmem(buffer, target.at[:, own])
 
     def context(evaluate: Any) -> None:
-        if plan.weight_only or plan.in_groups:
+        if plan.in_registers:
             finish(evaluate(hopper.cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)))
             return
         dtype = jnp.int32 if plan.dtype == "int8" else jnp.float32
@@ -371,13 +377,16 @@ def _compute_tile(
 def _step(plan: Plan, buffers: dict[str, Any], own: Any, total: Any) -> Any:
     """One step along K of one warpgroup: `total`, a value or the accumulator, plus the step's products."""
     hopper, activations = plan.hopper, buffers["x"].transpose((1, 0))
-    if not plan.in_groups and not plan.weight_only:
+    if not plan.in_registers:
         weights = buffers["w"].at[:, own].transpose((1, 0)) if plan.dense else buffers["w"].at[own]
         plgpu.wgmma(total, weights, activations)
         plgpu.wgmma_wait(0)
         return total
     weights = hopper.load_narrow(buffers["w"].at[own], plan.dtype) if plan.weight_only else None
-    if weights is not None and not plan.in_groups:
+    if plan.problem.is_promoted:
+        shape = (plan.mma_outputs, plan.tiles.rows)
+        total = total + hopper.dot(buffers["w"].at[own], activations, shape)
+    elif weights is not None and not plan.in_groups:
         total = hopper.add_dot(total, weights, activations)
     elif weights is not None and plan.tiles.scale_weights:
         for index, part in enumerate(plan.parts):

@@ -43,6 +43,13 @@ class QuantizedMatmulProblem:
         """Whether products are scaled step by step along K."""
         return self.group_size > 0 or self.zero_points
 
+    @property
+    def is_promoted(self) -> bool:
+        """Whether products of 8-bit floats with one scale for all K are added in float32 registers step by step: the
+        tensor cores' own accumulator keeps about 14 bits of them.
+        """
+        return self.rule.activations == "float8_e4m3fn" and not self.in_groups
+
 
 def problem_of(x: jax.Array, weight: QuantizedWeight, out_dtype: Any = None) -> QuantizedMatmulProblem:
     """The description of `x @ weight` with results in `out_dtype`, by default x's."""

@@ -47,7 +47,10 @@ def run(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
 
 def _dot(a: jax.Array, b: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """[M, K] x [N, K]."""
-    return lax.dot_general(a, b, _NT, preferred_element_type=dtype)
+    # Of 8-bit floats "highest" means float32 sums; by default XLA has tensor cores add them in about 14 bits.
+    narrow = a.dtype == b.dtype == jnp.float8_e4m3fn
+    precision = lax.Precision.HIGHEST if narrow else None
+    return lax.dot_general(a, b, _NT, precision=precision, preferred_element_type=dtype)
 
 
 def _weight_only(x: jax.Array, weight: QuantizedWeight) -> jax.Array:

@@ -65,7 +65,8 @@ def _prompt_length(prompt: Prompt) -> int:
 
 
 async def generate(context: ServerContext, job: Job) -> AsyncGenerator[RequestOutput]:
-    """The outputs of one job. An id that a live request has gets a suffix in the engine. Closing the generator aborts it. Close it, by `aclosing`: garbage collection is late.
+    """The outputs of one job. An id that a live request has gets a suffix in the engine. Closing the generator aborts
+    the job: use `aclosing`, garbage collection is late.
 
     Raises:
         As `EngineClient.generate`.

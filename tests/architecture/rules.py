@@ -42,6 +42,7 @@ JAX_FREE = (
     "engine/timeline.py",
     "engine/runtime/buckets.py",
     "models/config.py",
+    "models/quantization/schemes.py",
 )
 HTTP = frozenset({"aiohttp", "fastapi", "flask", "starlette", "uvicorn", "http.server", "socketserver"})
 KERNEL_LIBRARIES = frozenset({"jax", "jaxlib", "numpy", "ml_dtypes"})

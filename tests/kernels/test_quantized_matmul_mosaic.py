@@ -65,6 +65,9 @@ SIMULATIONS: tuple[Simulation, ...] = (
     Simulation(Case("w8a8", 20, 256, 256, "w8a8"), TileConfig(16, 128, 128, 2)),
     Simulation(Case("w8a8, split, float32", 8, 512, 128, "w8a8"), TileConfig(8, 128, 64, 2, 2), out_dtype="float32"),
     Simulation(Case("w8a8 g64", 8, 256, 128, "w8a8", 64), TileConfig(8, 128, 64, 2)),
+    Simulation(
+        Case("fp8 x fp8, split, float32", 8, 512, 128, "w8a8_fp8"), TileConfig(8, 128, 128, 2, 2), out_dtype="float32"
+    ),
     Simulation(Case("fp8 x fp8, wide", 8, 256, 256, "w8a8_fp8"), TileConfig(8, 256, 128, 2)),
     Simulation(
         Case("fp8 x fp8, blocks", 20, 384, 256, "w8a8_fp8", 128, rows_per_scale=128), TileConfig(16, 128, 128, 2)
@@ -180,6 +183,8 @@ def test_supports_refuses(changes: dict[str, object], message: str) -> None:
         (TileConfig(8, 128, 128, 2), {"kind": "w8a8", "group_size": 64}, "shorter than a step"),
         (TileConfig(128, 256, 128, 2), {}, "256 registers"),
         (TileConfig(64, 128, 256, 8), {}, "bytes of shared memory"),
+        (TileConfig(8, 128, 256, 2), {"kind": "w8a8_fp8", "group_size": -1}, "longer than the 128"),
+        (TileConfig(128, 256, 128, 2), {"kind": "w8a8_fp8", "group_size": -1}, "256 registers"),
         (TileConfig(8, 128, 128, 2, scale_weights=True), {"group_size": -1}, "only bfloat16"),
         (TileConfig(8, 128, 128, 2, scale_weights=True), {"dtype": "float16"}, "only bfloat16"),
         (TileConfig(8, 128, 128, 2, scale_weights=True), {"kind": "w8a8_fp8"}, "only bfloat16"),

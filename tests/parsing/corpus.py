@@ -107,7 +107,8 @@ HERMES = (
     # nested, escaped, foreign; the end tag inside a string ends nothing
     Case(
         "hermes",
-        '<tool_call>{"name": "f", "arguments": {"a": [{"b": "}\\"</tool_call>"}, -1e+3], "é": "日 \\u00e9"}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": '
+        '{"a": [{"b": "}\\"</tool_call>"}, -1e+3], "é": "日 \\u00e9"}}</tool_call>',
         None,
         (("f", '{"a": [{"b": "}\\"</tool_call>"}, -1e+3], "é": "日 \\u00e9"}'),),
     ),
