@@ -122,6 +122,7 @@ class Gate:
 
     async def add_headers(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
         """Headers of every answer: the id that the client gave, and what browsers ask for."""
+        response.headers["Server"] = "quire"
         if (given := request.headers.get("X-Request-Id")) is not None and given.isprintable():
             response.headers["X-Request-Id"] = given
         if (origin := self._allowed_origin(request)) is None:

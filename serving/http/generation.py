@@ -65,8 +65,9 @@ def _prompt_length(prompt: Prompt) -> int:
 
 
 async def generate(context: ServerContext, job: Job) -> AsyncGenerator[RequestOutput]:
-    """The outputs of one job. An id that a live request has gets a suffix in the engine. Closing the generator aborts
-    the job: use `aclosing`, garbage collection is late.
+    """The outputs of one job. Closing the generator aborts it: use `aclosing`, garbage collection is late.
+
+    An id that a live request has (a client that tries again, say) gets a suffix in the engine.
 
     Raises:
         As `EngineClient.generate`.
@@ -154,10 +155,10 @@ async def final_output(context: ServerContext, job: Job) -> RequestOutput:
     """The last output of a job whose kind is FINAL_ONLY.
 
     Raises:
-        As `EngineClient.generate`.
+        As `EngineClient.generate`; TimeoutError: it took longer than request_timeout.
     """
     last = None
-    async with aclosing(generate(context, job)) as outputs:
+    async with asyncio.timeout(context.settings.request_timeout), aclosing(generate(context, job)) as outputs:
         async for output in outputs:
             last = output
     if last is None:

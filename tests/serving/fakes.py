@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import json
 import math
 import zlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -273,6 +275,20 @@ class Answer:
         )
 
 
+def async_test[**P](function: Callable[P, Awaitable[None]]) -> Callable[P, None]:
+    """Run a test in an event loop of its own; one that hangs fails."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        async def limited() -> None:
+            async with asyncio.timeout(20):
+                await function(*args, **kwargs)
+
+        asyncio.run(limited())
+
+    return run
+
+
 @contextlib.asynccontextmanager
 async def serving(
     engine: FakeEngine | None = None,
@@ -290,10 +306,25 @@ async def serving(
         yield client, engine
 
 
+async def stream(client: TestClient, path: str, body: Mapping[str, Any]) -> list[Any]:
+    """The events of a stream, parsed; the last one must be [DONE] and is left out."""
+    async with client.post(path, json={**body, "stream": True}) as response:
+        text = await response.text()
+        assert response.status == 200, text
+        assert response.content_type == "text/event-stream"
+    events = text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Return when it is true."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
 async def post(client: TestClient, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
     """Status and JSON of an answer."""
     async with client.post(path, json=body) as response:
         return response.status, await response.json()
-
-
-__all__ = ["MODEL", "VOCAB", "Answer", "FakeEngine", "Script", "post", "replace", "serving", "tiny_tokenizer"]
