@@ -27,7 +27,7 @@ from benchmarks.profiling.traffic import HOST_PARTS, Observed, Situation, bucket
 from engine.builder import BuiltEngine, build_engine
 from engine.config import EngineConfig
 from engine.errors import QuireError
-from serving.bench.report import machine
+from serving.bench.machine import machine
 
 NS = 1e-9
 

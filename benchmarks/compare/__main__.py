@@ -28,7 +28,7 @@ from benchmarks.compare.results import Results, RunInfo
 from benchmarks.roofline import ModelCosts, model_config, num_cores
 from benchmarks.workloads.cpu_smollm2 import VOCAB_HIGH, WORKLOADS, Workload, check
 from engine.errors import QuireError
-from serving.bench.report import machine
+from serving.bench.machine import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL_RESULTS = ROOT / "benchmarks" / "results" / "local"

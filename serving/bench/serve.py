@@ -19,6 +19,7 @@ import uvloop
 
 from serving.bench import report, serve_plot
 from serving.bench.flags import count, count_or_zero
+from serving.bench.machine import machine
 from serving.bench.serve_client import CHAT, ENDPOINTS, Run, Target, first_model, run_requests
 from serving.bench.serve_metrics import GOODPUT_METRICS, metrics
 from serving.bench.serve_requests import (
@@ -232,7 +233,7 @@ def _result(args: argparse.Namespace, target: Target, measured: Run, values: dic
         "output_lens": [trace.num_output_tokens for trace in done],
         "start_times": [trace.sent_s for trace in done],
         "settings": settings,
-        "machine": report.machine(),
+        "machine": machine(),
     }
 
 

@@ -165,7 +165,8 @@ def test_the_timeline_shows_steps(browser: Browser) -> None:
 
 
 def test_what_the_model_writes_is_text(browser: Browser) -> None:
-    answer = f"# Title\n{XSS}\n\n- a **b**\n- c\n\n3. x\n4. y\n\n```html\n<b>code</b> **no**\n```\ndone *it* [x](javascript:1)"
+    code = "```html\n<b>code</b> **no**\n```"
+    answer = f"# Title\n{XSS}\n\n- a **b**\n- c\n\n3. x\n4. y\n\n{code}\ndone *it* [x](javascript:1)"
     with (
         served(app_of(FakeEngine(Script(answer=answer, tokens_per_output=(3,))))) as url,
         page_of(browser, url) as page,

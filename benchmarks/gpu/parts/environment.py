@@ -23,7 +23,7 @@ from benchmarks.gpu.report import Table
 from benchmarks.gpu.target_config import differences
 from benchmarks.gpu.timing import measure, noise
 from pallas_kernels.device import current_device
-from serving.bench.report import machine
+from serving.bench.machine import machine
 
 COPY_BYTES, SMOKE_COPY_BYTES = 2 << 30, 1 << 16
 SQUARE, SMOKE_SQUARE = 8192, 64
