@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Self
+from typing import Self, cast
 
 import msgspec
 
@@ -105,8 +105,7 @@ class WorkerProcess(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is watched."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's is none by its type
 
     def data_received(self, data: bytes) -> None:
         """Usually one message: that of a step."""
