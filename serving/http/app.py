@@ -11,6 +11,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from engine.config import Environment
+from engine.errors import QueueFullError
 from serving.http.context import CONTEXT, ServerContext, context_of
 from serving.http.errors import ApiError, fault_of, is_known, json_response
 from serving.http.openapi import openapi_route
@@ -77,10 +78,9 @@ class Gate:
         if not is_known(error):
             logger.error("%s %s failed", request.method, request.path, exc_info=error)
         fault = fault_of(error)
-        context = context_of(request)
-        if not isinstance(error, (web.HTTPException,)) and request.method == "POST":
-            for observer in context.observers if _refused_at_gate(error) else ():
-                observer.on_rejected(request.path, fault.status, fault.message)
+        if request.method == "POST" and _is_refusal(error, fault.status):
+            for observer in context_of(request).observers:
+                observer.on_rejected(_endpoint(request), fault.status, fault.message)
         return json_response(fault)
 
     # keys
@@ -141,5 +141,12 @@ def _key_of(request: web.Request) -> str:
     return token.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
 
 
-def _refused_at_gate(error: Exception) -> bool:
-    return isinstance(error, ApiError) and error.status in (401, 503)
+def _is_refusal(error: Exception, status: int) -> bool:
+    """True for a fault of a request that was never accepted; one that was accepted has its own end."""
+    return status < 500 or isinstance(error, (QueueFullError, ApiError))
+
+
+def _endpoint(request: web.Request) -> str:
+    """The path of the route, never the client's own: there are few of those."""
+    resource = request.match_info.route.resource
+    return "unknown" if resource is None else resource.canonical

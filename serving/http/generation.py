@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 import uuid
@@ -12,13 +13,15 @@ from dataclasses import dataclass, replace
 
 from aiohttp import web
 
-from engine.errors import ContextLengthError, InvalidRequestError, QueueFullError
+from engine.errors import InvalidRequestError, QueueFullError
 from engine.input_processor import Prompt
 from engine.outputs import RequestOutput
 from engine.sampling_params import SamplingParams
 from serving.http.context import ServerContext
 from serving.http.errors import CLIENT_GONE, ApiError, fault_of
 from serving.http.observer import RequestEnd, RequestStart
+
+logger = logging.getLogger("quire.serving")
 
 _ID = re.compile(r"[\x21-\x7e]{1,256}")  # visible ASCII: it also goes into a header and into logs
 
@@ -80,6 +83,15 @@ async def generate(context: ServerContext, job: Job) -> AsyncGenerator[RequestOu
         job.request_id, job.endpoint, job.model, job.params, _prompt_length(job.prompt), begun, job.trace_parent
     )
     record = _Record(start)
+    if context.settings.enable_log_requests:
+        logger.info(
+            "%s %s: %d prompt tokens, priority %d, %s",
+            job.endpoint,
+            job.request_id,
+            start.num_prompt_tokens,
+            job.priority,
+            job.params,
+        )
     engine_ids.add(job.request_id)
     stream = context.client.generate(job.prompt, job.params, request_id=job.request_id, priority=job.priority)
     error: BaseException | None = None
@@ -123,12 +135,8 @@ class _Record:
 
     def end(self, context: ServerContext, error: BaseException | None) -> None:
         """It is over, in whatever way."""
-        refused = isinstance(error, (InvalidRequestError, ContextLengthError, QueueFullError))
-        if self.output is None and refused:
-            fault = fault_of(error)
-            for observer in context.observers:
-                observer.on_rejected(self.start.endpoint, fault.status, fault.message)
-            return
+        if self.output is None and isinstance(error, (InvalidRequestError, QueueFullError)):
+            return  # it was not accepted: the gate, which hears of all refusals, tells the observers
         if self.output is None:
             for observer in context.observers:
                 observer.on_start(self.start)

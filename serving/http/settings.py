@@ -44,7 +44,8 @@ class ServerSettings:
     tool_call_parser: str | None = _setting(None, "how the model writes tool calls")
     reasoning_parser: str | None = _setting(None, "how the model writes its reasoning")
     max_concurrent_requests: int | None = _setting(
-        None, "requests at a time; more are answered 503 (default: unlimited; see max_queued_requests of the engine)"
+        None,
+        "requests at a time; more are answered 503 (default: unlimited; see also max_num_queued_reqs of the engine)",
     )
     max_request_bytes: int = _setting(32 * 2**20, "size of a request's body above which it is answered 413")
     request_timeout: float | None = _setting(None, "seconds after which a request is ended (default: never)")

@@ -28,7 +28,8 @@ def joined(events: list[Any]) -> dict[int, dict[str, Any]]:
             whole["finish_reason"], whole["stop_reason"] = choice["finish_reason"], choice["stop_reason"]
             for name, values in (choice["logprobs"] or {}).items():
                 whole["logprobs"][name] += values
-            whole["token_ids"] = whole.get("token_ids", []) + choice.get("token_ids", [])
+            if "token_ids" in choice:
+                whole["token_ids"] += choice["token_ids"]
     return choices
 
 

@@ -10,16 +10,18 @@ import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, RequestFailedError
 from serving.endpoints import ALL_ROUTES
 from serving.http.app import make_app
 from serving.http.context import CONTEXT, make_context
+from serving.http.observer import RequestEnd, RequestStart
 from serving.http.server import HttpServer
 from serving.http.settings import ServerSettings
 from serving.http.traffic import Traffic
@@ -350,3 +352,90 @@ async def _text(session: aiohttp.ClientSession, url: str, body: Any) -> str:
 def test_settings_that_cannot_be(settings: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         ServerSettings(**settings)
+
+
+@async_test
+async def test_requests_are_logged_without_their_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "quire.serving"):
+        for wanted in (False, True):
+            caplog.clear()
+            async with serving(enable_log_requests=wanted) as (client, _):
+                await post(client, COMPLETIONS, {"prompt": "secret", "request_id": "r", "top_k": 7})
+            text = caplog.text
+            assert ("cmpl-r" in text and "top_k=7" in text) == wanted and "secret" not in text
+
+
+@async_test
+async def test_an_access_line_per_request(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "quire.access"):
+        for wanted in (False, True):
+            caplog.clear()
+            async with listening(access_log=wanted) as live:
+                await raw(live.port, http_post({"prompt": "secret"}))
+            assert ("POST /v1/completions" in caplog.text) == wanted and "secret" not in caplog.text
+
+
+@async_test
+async def test_a_live_id_gets_a_suffix_in_the_engine() -> None:
+    engine = FakeEngine(Script(hold=asyncio.Event()))
+    async with serving(engine) as (client, _):
+        body = {"prompt": "x", "request_id": "same"}
+        both = [asyncio.create_task(post(client, COMPLETIONS, body)) for _ in range(2)]
+        await until(lambda: len(engine.live) == 2)
+        engine.script.hold.set()  # type: ignore[union-attr]
+        answers = await asyncio.gather(*both)
+    assert [(status, answer["id"]) for status, answer in answers] == [(200, "cmpl-same")] * 2
+
+
+class Notes:
+    """An observer that writes down."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[Any, ...]] = []
+
+    def on_start(self, start: RequestStart) -> None:
+        self.lines.append(("start", start.request_id, start.endpoint, start.num_prompt_tokens, start.trace_parent))
+
+    def on_tokens(self, request_id: str, num_tokens: int, time: float) -> None:
+        self.lines.append(("tokens", request_id, num_tokens))
+
+    def on_end(self, end: RequestEnd) -> None:
+        first = None if end.first_token_s is None else end.first_token_s <= end.e2e_s
+        self.lines.append(("end", end.request_id, end.finish_reasons, end.status, end.num_output_tokens, first))
+
+    def on_rejected(self, endpoint: str, status: int, reason: str) -> None:
+        self.lines.append(("rejected", endpoint, status))
+
+
+@async_test
+async def test_observers_hear_of_every_request_once() -> None:
+    notes, engine = Notes(), FakeEngine(Script(answer="ab", tokens_per_output=(2,)))
+    async with serving(engine, prepare=lambda c: replace(c, observers=(notes,))) as (client, _):
+        trace = {"traceparent": "00-1-2-01"}
+        await client.post(COMPLETIONS, json={"prompt": [5, 6], "request_id": "a", "max_tokens": 3}, headers=trace)
+        await post(client, COMPLETIONS, {"prompt": [5] * 600})
+        await post(client, COMPLETIONS, {"prompt": [5], "top_p": 7})
+        await post(client, COMPLETIONS, {"model": "nobody", "prompt": [5]})
+        engine.script = Script(error=RequestFailedError("step"), error_at=1)
+        async with client.post(COMPLETIONS, json={"prompt": [5], "request_id": "b", "stream": True}) as response:
+            await response.read()
+        engine.script = Script(delay_s=0.01)
+        async with client.post(COMPLETIONS, json={**BODY, "request_id": "c", "stream": True}) as response:
+            await response.content.readline()
+            response.close()
+        await until(lambda: not engine.live)
+        await until(lambda: notes.lines[-1][0] == "end")
+    lines = [line for line in notes.lines if line[0] != "tokens"]
+    assert lines[:2] == [
+        ("start", "cmpl-a", COMPLETIONS, 2, "00-1-2-01"),
+        ("end", "cmpl-a", ("stop",), 200, 3, True),
+    ]
+    assert lines[2:5] == [
+        ("rejected", COMPLETIONS, 400),
+        ("rejected", COMPLETIONS, 400),
+        ("rejected", COMPLETIONS, 404),
+    ]
+    assert [line[0] for line in lines[5:]] == ["start", "end", "start", "end"]
+    assert lines[6][1] == "cmpl-b" and lines[6][3] == 500
+    assert lines[8][1] == "cmpl-c" and lines[8][2:4] == (("abort",), 499)
+    assert sum(line[2] for line in notes.lines if line[:2] == ("tokens", "cmpl-a")) == 3

@@ -1,0 +1,109 @@
+"""The server with a real engine: a tiny golden model in a thread of its own, and (slow) in a process, and the demo."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import aiohttp
+import pytest
+from openai import AsyncOpenAI
+
+from engine.client import EngineClient
+from serving.backend import create_client
+from serving.endpoints import ALL_ROUTES
+from serving.http.app import make_app
+from serving.http.context import make_context
+from serving.http.server import HttpServer
+from serving.http.settings import ServerSettings
+from tests.engine.helpers import SMALL, TINY, golden_prompts
+
+pytest.importorskip("engine.remote.client", reason="needs an engine that is an EngineClient")
+MODEL = TINY / "llama"
+
+
+@asynccontextmanager
+async def live(tmp_path: Path, *, process: bool, model: str = str(MODEL), **settings: Any) -> AsyncIterator[Any]:
+    """A server of a real engine: its URL and its engine."""
+    every = {**SMALL, "compilation_cache_dir": str(tmp_path), **settings}
+    engine = cast(EngineClient, await create_client(model, process=process, **every))
+    server = HttpServer(make_app(make_context(engine, ServerSettings(port=0)), ALL_ROUTES))
+    url = await server.start()
+    try:
+        yield url, engine
+    finally:
+        await server.stop()
+        await engine.close()
+
+
+async def _scenario(url: str, engine: EngineClient) -> None:
+    golden = golden_prompts(MODEL)
+    async with AsyncOpenAI(base_url=url + "/v1", api_key="x", max_retries=0) as client:
+        name = (await client.models.list()).data[0].id
+        extra = {"return_token_ids": True, "ignore_eos": True}
+
+        async def complete(number: int, stream: bool) -> list[int]:
+            prompt, length = golden[number].prompt, min(8, len(golden[number].continuation))
+            options: Any = {"model": name, "prompt": prompt, "temperature": 0, "max_tokens": length}
+            if not stream:
+                answer = await client.completions.create(**options, extra_body=extra)
+                return answer.choices[0].token_ids  # type: ignore[attr-defined]
+            tokens: list[int] = []
+            async for chunk in await client.completions.create(**options, extra_body=extra, stream=True):
+                tokens += chunk.choices[0].token_ids  # type: ignore[attr-defined]
+            return tokens
+
+        usable = [i for i, g in enumerate(golden) if len(g.prompt) < 100]
+        for stream in (False, True):
+            found = await asyncio.gather(*[complete(number, stream) for number in usable])
+            assert found == [golden[number].continuation[:8] for number in usable], "as the golden model says"
+        chat: Any = {"model": name, "messages": [{"role": "user", "content": "hello there"}], "seed": 3}
+        whole = await client.chat.completions.create(**chat, max_tokens=12, logprobs=True, top_logprobs=2)
+        pieces = [c async for c in await client.chat.completions.create(**chat, max_tokens=12, stream=True)]
+        assert "".join(c.choices[0].delta.content or "" for c in pieces) == whole.choices[0].message.content
+    async with aiohttp.ClientSession() as session:
+        body = {"prompt": "x", "stream": True, "ignore_eos": True, "max_tokens": 120}
+        async with session.post(url + "/v1/completions", json=body) as response:
+            await response.content.readline()
+        async with session.get(url + "/health") as response:
+            assert response.status == 200
+
+    async def used() -> float:
+        return (await engine.snapshot())["num_running"]
+
+    async with asyncio.timeout(10):
+        while await used():
+            await asyncio.sleep(0.01)
+
+
+def test_a_tiny_model_in_a_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
+    async def run() -> None:
+        async with live(tmp_path_factory.mktemp("xla"), process=False) as (url, engine):
+            await _scenario(url, engine)
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_a_tiny_model_in_a_process(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with live(tmp_path, process=True) as (url, engine):
+            await _scenario(url, engine)
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_the_demo_model(tmp_path: Path) -> None:
+    async def run() -> None:
+        settings = {"max_model_len": 256, "max_num_batched_tokens": 128, "num_gpu_blocks_override": 128}
+        async with live(tmp_path, process=True, model="demo", **settings) as (url, _):
+            async with AsyncOpenAI(base_url=url + "/v1", api_key="x") as client:
+                question: Any = [{"role": "user", "content": "What is the capital of France?"}]
+                answer = await client.chat.completions.create(model="demo", messages=question, temperature=0)
+            assert "Paris" in (answer.choices[0].message.content or "")
+
+    asyncio.run(run())
