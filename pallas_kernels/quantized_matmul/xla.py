@@ -35,7 +35,7 @@ def run(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
         x = jnp.concatenate([x, jnp.zeros_like(x)])
     activations = KINDS[weight.kind].activations
     if activations is None:
-        product = _in_chunks(x, weight) if on_cpu else _weight_only(x, weight)
+        product = _weight_only_on_cpu(x, weight) if on_cpu else _weight_only(x, weight)
     elif weight.group_size < 0:
         product = _both(x, weight, activations, on_cpu)
     elif on_cpu:
@@ -58,6 +58,39 @@ def _weight_only(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     if weight.group_size > 0 or weight.zero_points is not None:
         return _dot(x, dequantize(weight, x.dtype))
     return _dot(x, weight.stored.astype(x.dtype)) * weight.scales[0].astype(jnp.float32)
+
+
+def _weight_only_on_cpu(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+    if jnp.issubdtype(weight.stored.dtype, jnp.integer) and weight.group_size < 0:
+        return _by_digits(x, weight)
+    return _in_chunks(x, weight)
+
+
+def _by_digits(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
+    """float32[M, N] by dots of integers alone, so that weights are never converted to floats.
+
+    Each token is written in fixed point, in units of its largest magnitude over `127 * (256^d - 1) / 255`, with d
+    digits in -128 .. 127: two for 16-bit activations, three for float32. That is as exact as the activations' own dtype
+    where they are largest. Digits are more rows of one product, whose sums of integers are exact: a token's result
+    does not depend on the rows beside it.
+    """
+    rows, count = x.shape[0], 2 if x.dtype.itemsize == 2 else 3
+    wide = x.astype(jnp.float32)
+    unit = jnp.abs(wide).max(-1, keepdims=True) * (1.0 / (127 * (256**count - 1) // 255))
+    rest = jnp.round(wide * (1.0 / jnp.where(unit == 0, 1.0, unit))).astype(jnp.int32)
+    digits = []  # the lowest first
+    for _ in range(count):
+        digit = ((rest + 128) & 255) - 128
+        digits.append(digit.astype(jnp.int8))
+        rest = (rest - digit) >> 8
+    stacked = jnp.concatenate(digits)
+    sums = _dot(stacked, weight.stored.astype(jnp.int8), jnp.int32)
+    if weight.zero_points is not None:
+        sums = sums - stacked.astype(jnp.int32).sum(-1, keepdims=True) * weight.zero_points[0].astype(jnp.int32)
+    total = jnp.zeros((rows, weight.n), jnp.float32)
+    for index in reversed(range(count)):
+        total = total * 256 + sums[index * rows : (index + 1) * rows].astype(jnp.float32)
+    return total * unit * weight.scales[0].astype(jnp.float32)
 
 
 def _in_chunks(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
