@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import uvloop
 from aiohttp.test_utils import TestClient, TestServer
 
 from engine.client import EmbeddingOutput, EngineInfo, Pooling, RequestTimeline, StepEvent
@@ -276,7 +277,7 @@ class Answer:
 
 
 def async_test[**P](function: Callable[P, Awaitable[None]]) -> Callable[P, None]:
-    """Run a test in an event loop of its own; one that hangs fails."""
+    """Run a test in an event loop of its own, of the kind that `quire serve` runs in; one that hangs fails."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -284,7 +285,7 @@ def async_test[**P](function: Callable[P, Awaitable[None]]) -> Callable[P, None]
             async with asyncio.timeout(20):
                 await function(*args, **kwargs)
 
-        asyncio.run(limited())
+        uvloop.run(limited())
 
     return run
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import uvloop
 from aiohttp import web
 
 
@@ -102,7 +103,7 @@ class Script:
 @contextlib.contextmanager
 def served(app: web.Application) -> Iterator[str]:
     """Serve `app` on a free port of this machine, from a thread of its own; yields its base URL."""
-    loop = asyncio.new_event_loop()
+    loop = uvloop.new_event_loop()
     started: list[int] = []
     ready = threading.Event()
     runner = web.AppRunner(app, shutdown_timeout=0.2, handler_cancellation=True)

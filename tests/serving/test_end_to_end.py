@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import aiohttp
 import pytest
+import uvloop
 from openai import AsyncOpenAI
 
 from engine.client import EngineClient
@@ -84,7 +85,7 @@ def test_a_tiny_model_in_a_thread(tmp_path_factory: pytest.TempPathFactory) -> N
         async with live(tmp_path_factory.mktemp("xla"), process=False) as (url, engine):
             await _scenario(url, engine)
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 @pytest.mark.slow
@@ -93,7 +94,7 @@ def test_a_tiny_model_in_a_process(tmp_path: Path) -> None:
         async with live(tmp_path, process=True) as (url, engine):
             await _scenario(url, engine)
 
-    asyncio.run(run())
+    uvloop.run(run())
 
 
 @pytest.mark.slow
@@ -106,4 +107,4 @@ def test_the_demo_model(tmp_path: Path) -> None:
                 answer = await client.chat.completions.create(model="demo", messages=question, temperature=0)
             assert "Paris" in (answer.choices[0].message.content or "")
 
-    asyncio.run(run())
+    uvloop.run(run())

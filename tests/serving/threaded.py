@@ -6,6 +6,8 @@ import asyncio
 import threading
 from typing import Any
 
+import uvloop
+
 from serving.endpoints import ALL_ROUTES
 from serving.http.app import make_app
 from serving.http.context import make_context
@@ -24,7 +26,7 @@ class Server:
         self._started = threading.Event()
         self._stop: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread = threading.Thread(target=lambda: uvloop.run(self._run()))
         self._thread.start()
         assert self._started.wait(20)
 
