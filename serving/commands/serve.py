@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from engine.client import EngineClient
 from engine.config import EngineConfig
 from serving.backend import ClientFactory
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace, create: ClientFactory) -> int:
         flat["model"] = args.model
     model = EngineConfig.from_flat(**flat).load.model
     flat.pop("model", None)
-    asyncio.run(serve(model, settings, flat, create, template))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(model, settings, flat, create, template))
     return EXIT_OK
 
 
