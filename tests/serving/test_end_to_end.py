@@ -20,6 +20,7 @@ from serving.http.app import make_app
 from serving.http.context import make_context
 from serving.http.server import HttpServer
 from serving.http.settings import ServerSettings
+from tests.engine.conftest import compilation_cache  # noqa: F401 - a fixture
 from tests.engine.helpers import SMALL, TINY, golden_prompts
 
 pytest.importorskip("engine.remote.client", reason="needs an engine that is an EngineClient")
@@ -80,9 +81,9 @@ async def _scenario(url: str, engine: EngineClient) -> None:
             await asyncio.sleep(0.01)
 
 
-def test_a_tiny_model_in_a_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_tiny_model_in_a_thread(compilation_cache: str) -> None:  # noqa: F811
     async def run() -> None:
-        async with live(tmp_path_factory.mktemp("xla"), process=False) as (url, engine):
+        async with live(Path(compilation_cache), process=False) as (url, engine):
             await _scenario(url, engine)
 
     asyncio.run(run())
