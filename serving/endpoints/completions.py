@@ -208,5 +208,6 @@ ROUTES = (
         request=CompletionRequest,
         response=CompletionResponse,
         streams=True,
+        event=CompletionResponse,
     ),
 )
