@@ -296,10 +296,10 @@ ROUTES = (
         "POST",
         PATH,
         create,
-        "The next message of a conversation. A stream's events are ChatChunk.",
+        "The next message of a conversation.",
         request=ChatRequest,
         response=ChatResponse,
         streams=True,
+        event=ChatChunk,
     ),
 )
-STREAM_SCHEMAS = (ChatChunk,)

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from engine.errors import InvalidRequestError
 from engine.outputs import CompletionOutput, RequestOutput
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import MAX_N, SamplingParams
 from serving.endpoints.chunks import ChunkMaker
 from serving.endpoints.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from serving.endpoints.prompts import completion_prompts
@@ -46,6 +46,10 @@ async def create(request: web.Request) -> web.StreamResponse:
         priority=body.priority or 0,
         trace_parent=request.headers.get("traceparent"),
     )
+    if len(prompts) * params.n > MAX_N:
+        raise InvalidRequestError(
+            f"n={params.n} for {len(prompts)} prompts is more than the {MAX_N} choices that one request may have.", "n"
+        )
     jobs = [numbered(base, number, len(prompts), prompt) for number, prompt in enumerate(prompts)]
     answer = CompletionAnswer(context, body, base)
     if body.stream:
@@ -204,5 +208,6 @@ ROUTES = (
         request=CompletionRequest,
         response=CompletionResponse,
         streams=True,
+        event=CompletionResponse,
     ),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import logging
 from collections.abc import Iterable, Sequence
@@ -32,6 +31,8 @@ def make_app(context: ServerContext, routes: Sequence[Route]) -> web.Application
     app.on_response_prepare.append(gate.add_headers)
     for route in routes:
         app.router.add_route(route.method, route.path, route.handler)
+        if route.method == "GET":
+            app.router.add_route("HEAD", route.path, route.handler)
 
     async def close_pool(_: web.Application) -> None:
         context.pool.shutdown(wait=False, cancel_futures=True)
@@ -62,8 +63,6 @@ class Gate:
                     return await handler(request)
                 with context_of(request).traffic.admit():
                     return await handler(request)
-            except asyncio.CancelledError:
-                raise
             except Exception as error:
                 return self._answer_fault(request, error)
 

@@ -43,8 +43,9 @@ def document(routes: Iterable[Route], root_path: str = "") -> dict[str, Any]:
     for route in routes:
         if route.request is not None:
             wanted[route.request, "validation"] = None
-        if route.response is not None:
-            wanted[route.response, "serialization"] = None
+        for body in (route.response, route.event):
+            if body is not None:
+                wanted[body, "serialization"] = None
     refs, definitions = models_json_schema(list(wanted), ref_template=_REF)
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
@@ -74,6 +75,8 @@ def _operation(route: Route, refs: Mapping[Any, dict[str, Any]]) -> dict[str, An
         answer["application/json"] = {"schema": refs[route.response, "serialization"]}
     if route.streams:
         answer["text/event-stream"] = {"schema": {"type": "string"}}
+        if route.event is not None:  # OpenAPI 3.1 has no words for the events inside a stream
+            answer["text/event-stream"]["x-event-schema"] = refs[route.event, "serialization"]
     operation: dict[str, Any] = {
         "summary": route.summary,
         "responses": {

@@ -22,6 +22,7 @@ class Route:
         request, response: schemas of the JSON bodies; None where there is none.
         streams: True if it may answer with server-sent events.
         open: True if it needs no API key.
+        event: schema of the JSON in each server-sent event; None where events have several forms, or there are none.
     """
 
     method: str
@@ -32,3 +33,4 @@ class Route:
     response: type[BaseModel] | None = None
     streams: bool = False
     open: bool = False
+    event: type[BaseModel] | None = None

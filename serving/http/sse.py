@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -46,28 +47,35 @@ async def send_events(
     """
     settings = context_of(request).settings
     response = web.StreamResponse(headers=HEADERS)
+    protocol, writer = request.protocol, None
     async with aclosing(events):
         try:
             async with asyncio.timeout(settings.request_timeout):
                 first = await anext(events)
-                writer = await response.prepare(request)
-                assert isinstance(writer, StreamWriter), "nothing was sent yet"
+                opened = await response.prepare(request)
+                assert isinstance(opened, StreamWriter), "nothing was sent yet"
+                writer = opened
                 await writer.write(first, drain=False)
-                protocol = request.protocol
                 async for event in events:
                     if protocol.writing_paused:
                         await _drain(request, writer, settings.send_timeout)
                     await writer.write(event, drain=False)
+                if protocol.writing_paused:  # aiohttp would wait for ever for the last bytes to be read
+                    await _drain(request, writer, settings.send_timeout)
         except ConnectionError as error:
             logger.debug("a stream was given up: %s", error)
             return response
         except Exception as error:
-            if not response.prepared:
+            if writer is None:
                 raise
             if not is_known(error):
                 logger.exception("a stream failed")
-            await response.write(fault_event(fault_of(error)))
-    await response.write_eof()
+            with contextlib.suppress(ConnectionError):
+                await writer.write(fault_event(fault_of(error)), drain=False)
+                if protocol.writing_paused:
+                    await _drain(request, writer, settings.send_timeout)
+    with contextlib.suppress(ConnectionError):
+        await response.write_eof()
     return response
 
 

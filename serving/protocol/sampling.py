@@ -191,7 +191,7 @@ class SamplingFields(RequestBody):
         """
         given = {name: value for name in _SAME_NAMES if (value := getattr(self, name)) is not None}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
-        if structured := self.structured():
+        if (structured := self.structured()) is not None:
             given["structured_outputs"] = make_structured(structured)
         return defaults.replace(
             **given, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, output_kind=kind

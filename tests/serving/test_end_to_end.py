@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from serving.http.app import make_app
 from serving.http.context import make_context
 from serving.http.server import HttpServer
 from serving.http.settings import ServerSettings
+from tests.engine.conftest import compilation_cache  # noqa: F401 - a fixture
 from tests.engine.helpers import SMALL, TINY, golden_prompts
 
 pytest.importorskip("engine.remote.client", reason="needs an engine that is an EngineClient")
@@ -80,9 +82,9 @@ async def _scenario(url: str, engine: EngineClient) -> None:
             await asyncio.sleep(0.01)
 
 
-def test_a_tiny_model_in_a_thread(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_tiny_model_in_a_thread(compilation_cache: str) -> None:  # noqa: F811
     async def run() -> None:
-        async with live(tmp_path_factory.mktemp("xla"), process=False) as (url, engine):
+        async with live(Path(compilation_cache), process=False) as (url, engine):
             await _scenario(url, engine)
 
     uvloop.run(run())
@@ -106,5 +108,27 @@ def test_the_demo_model(tmp_path: Path) -> None:
                 question: Any = [{"role": "user", "content": "What is the capital of France?"}]
                 answer = await client.chat.completions.create(model="demo", messages=question, temperature=0)
             assert "Paris" in (answer.choices[0].message.content or "")
+
+    uvloop.run(run())
+
+
+@pytest.mark.slow
+def test_a_thousand_aborted_streams_leave_no_block(tmp_path: Path) -> None:
+    async def one(session: aiohttp.ClientSession, url: str, number: int) -> None:
+        body = {"prompt": [3 + number % 300] * 20, "stream": number % 3 > 0, "ignore_eos": True, "max_tokens": 100}
+        with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+            async with session.post(
+                url + "/v1/completions", json=body, timeout=aiohttp.ClientTimeout(0.01 + number % 7 * 0.02)
+            ) as response:
+                await response.content.read(number % 5 * 300 + 1)
+
+    async def run() -> None:
+        async with live(tmp_path, process=True) as (url, engine):
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=64)) as session:
+                await asyncio.gather(*[one(session, url, number) for number in range(1000)])
+            async with asyncio.timeout(30):
+                while (now := await engine.snapshot())["num_running"] or now["num_waiting"] or now["kv_cache_usage"]:
+                    await asyncio.sleep(0.05)
+            await _scenario(url, engine)
 
     uvloop.run(run())

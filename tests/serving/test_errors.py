@@ -45,6 +45,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": "x", "n": 0}, "n"),
     (COMPLETIONS, {"prompt": "x", "n": 16385}, "n"),
     (COMPLETIONS, {"prompt": "x", "n": 2, "temperature": 0}, "n"),
+    (COMPLETIONS, {"prompt": ["x"] * 1024, "n": 17}, "n"),
     (COMPLETIONS, {"prompt": "x", "seed": 2**63}, "seed"),
     (COMPLETIONS, {"prompt": "x", "seed": 10**400}, "seed"),
     (COMPLETIONS, {"prompt": "x", "temperature": 10**400}, "temperature"),

@@ -69,6 +69,8 @@ def test_it_lists_every_route(server: Server) -> None:
         operation = served["paths"][path][route.method.lower()]
         assert ("requestBody" in operation) == (route.request is not None)
         assert ("text/event-stream" in operation["responses"]["200"].get("content", {})) == route.streams
+    events = served["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    assert events["x-event-schema"] == {"$ref": "#/components/schemas/ChatChunk"}
     assert "/openapi.json" in served["paths"] and "servers" not in served
     assert document(ALL_ROUTES, "/llm")["servers"] == [{"url": "/llm"}]
 

@@ -135,6 +135,22 @@ async def test_origins_of_pages() -> None:
             assert response.headers.get("Access-Control-Allow-Origin") == shown
 
 
+@pytest.mark.parametrize(
+    "path", ["/%76%31/models", "//v1/models", "/v1%2Fmodels", "/./v1/models", "/x/../v1/models", "/V1/models"]
+)
+@async_test
+async def test_no_spelling_of_a_path_gets_around_the_key(path: str) -> None:
+    async with listening(api_key=["k"]) as live:
+        answer = await raw(live.port, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    assert answer.split()[1] in (b"401", b"404"), answer
+
+
+@async_test
+async def test_head_is_get_without_the_body() -> None:
+    async with serving() as (client, _), client.head("/health") as response:
+        assert response.status == 200 and await response.read() == b""
+
+
 # sockets
 
 
