@@ -263,6 +263,17 @@ def test_digits_are_as_exact_as_their_dtype(case: Case, dtype: str, monkeypatch:
         assert np.array_equal(np.asarray(run(x[row : row + 1], weight))[0], found[row])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_integers_on_both_sides_do_not_depend_on_the_rows_beside(dtype: str) -> None:
+    case = Case("", 37, 576, 192, "w8a8")
+    rng = np.random.default_rng(10)
+    weight, x = case.weight(rng), case.activations(rng, dtype)
+    run = jax.jit(lambda x, w: xla.run(x, w, jnp.float32))
+    whole = np.asarray(run(x, weight))
+    for first, last in ((0, 1), (5, 9), (20, 37)):
+        assert np.array_equal(np.asarray(run(x[first:last], weight)), whole[first:last])
+
+
 def test_converted_weights_do_not_pile_up() -> None:
     """A chain of products with weights that have to be converted: room for about one of them, not for all."""
     size, count = 512, 12
