@@ -1,15 +1,17 @@
 """The product with packed weights as XLA dots.
 
 On a GPU XLA fuses the conversion of weights with one scale per output into its matrix product. On a CPU it never does:
-converted weights go to memory and back, several times the bytes of the packed ones. There, integer weights too large
-for the caches are converted and multiplied in chunks of outputs. Conversions from 8-bit floats are slow themselves and
-gain more from all threads than from caches: a loop's body has one thread for them
+converted weights go to memory and back, several times the bytes of the packed ones. There, integer weights meet the
+activations' digits instead (`_by_digits`), on the instructions for products of 8-bit integers. Many rows with groups,
+and 8-bit floats, are converted, integers in chunks of outputs if they are too large for the caches. Conversions from
+8-bit floats are slow themselves and gain more from all threads than from caches: a loop's body has one thread for them
 (docs/measurements/quantized-matmul-cpu.md).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from pallas_kernels.quantized_matmul.weight import KINDS, QuantizedWeight, dequa
 CHUNK = 512  # outputs
 LEAST_CHUNK = 128  # where N is no multiple of CHUNK
 LEAST_CHUNKED = 1 << 22  # numbers of a weight: smaller ones stay in the caches
+MOST_ROWS_IN_GROUPS = 32
 _NT = (((1,), (1,)), ((), ()))  # [M, K] x [N, K]
 
 
@@ -61,9 +64,19 @@ def _weight_only(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
 
 
 def _weight_only_on_cpu(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
-    if jnp.issubdtype(weight.stored.dtype, jnp.integer) and weight.group_size < 0:
+    """float32[M, N]; see `_by_digits`, which groups make slower than chunks where there are many rows."""
+    integers = jnp.issubdtype(weight.stored.dtype, jnp.integer)
+    if integers and (weight.group_size < 0 or x.shape[0] <= MOST_ROWS_IN_GROUPS):
         return _by_digits(x, weight)
-    return _in_chunks(x, weight)
+    x, stored = _after(x, weight.stored)
+    return _in_chunks(x, replace(weight, stored=stored))
+
+
+def _after(x: jax.Array, stored: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same arrays, of which neither is there before the other. Without this XLA converts the weights of all layers
+    before it runs the first, and has all of them in memory.
+    """
+    return lax.optimization_barrier((x, stored))
 
 
 def _by_digits(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
@@ -74,7 +87,7 @@ def _by_digits(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     where they are largest. Digits are more rows of one product, whose sums of integers are exact: a token's result
     does not depend on the rows beside it.
     """
-    rows, count = x.shape[0], 2 if x.dtype.itemsize == 2 else 3
+    count = 2 if x.dtype.itemsize == 2 else 3
     wide = x.astype(jnp.float32)
     unit = jnp.abs(wide).max(-1, keepdims=True) * (1.0 / (127 * (256**count - 1) // 255))
     rest = jnp.round(wide * (1.0 / jnp.where(unit == 0, 1.0, unit))).astype(jnp.int32)
@@ -84,13 +97,29 @@ def _by_digits(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
         digits.append(digit.astype(jnp.int8))
         rest = (rest - digit) >> 8
     stacked = jnp.concatenate(digits)
-    sums = _dot(stacked, weight.stored.astype(jnp.int8), jnp.int32)
+    if weight.group_size < 0:
+        return _digits_of_group(stacked, weight.stored, weight, 0, count) * unit
+    size = weight.group_size
+
+    def add(g: jax.Array, total: jax.Array) -> jax.Array:
+        part = lax.dynamic_slice_in_dim(stacked, g * size, size, 1)
+        packed = lax.dynamic_slice_in_dim(weight.stored, g * size, size, 1)
+        return total + _digits_of_group(part, packed, weight, g, count)
+
+    return lax.fori_loop(0, weight.k // size, add, jnp.zeros((x.shape[0], weight.n), jnp.float32)) * unit
+
+
+def _digits_of_group(
+    stacked: jax.Array, packed: jax.Array, weight: QuantizedWeight, group: jax.Array | int, count: int
+) -> jax.Array:
+    """float32[M, N] in units of the tokens: the product of `count` digits int8[count * M, K] with [N, K], scaled."""
+    sums = _dot(stacked, packed.astype(jnp.int8), jnp.int32)
     if weight.zero_points is not None:
-        sums = sums - stacked.astype(jnp.int32).sum(-1, keepdims=True) * weight.zero_points[0].astype(jnp.int32)
-    total = jnp.zeros((rows, weight.n), jnp.float32)
-    for index in reversed(range(count)):
-        total = total * 256 + sums[index * rows : (index + 1) * rows].astype(jnp.float32)
-    return total * unit * weight.scales[0].astype(jnp.float32)
+        sums = sums - stacked.astype(jnp.int32).sum(-1, keepdims=True) * weight.zero_points[group].astype(jnp.int32)
+    total = jnp.zeros((stacked.shape[0] // count, packed.shape[0]), jnp.float32)
+    for digit in reversed(jnp.split(sums, count)):
+        total = total * 256 + digit.astype(jnp.float32)
+    return total * weight.scales[group].astype(jnp.float32)
 
 
 def _in_chunks(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
@@ -131,6 +160,7 @@ def _both_in_groups(x: jax.Array, weight: QuantizedWeight, dtype: str) -> jax.Ar
     numbers, scales = quantize_activations(x, dtype, weight.group_size)
     packed = weight.stored
     if not jnp.issubdtype(packed.dtype, jnp.integer):
+        numbers, packed = _after(numbers, packed)
         packed = packed.astype(jnp.bfloat16)  # here by all threads, in the loop by one
 
     def add(g: jax.Array, total: jax.Array) -> jax.Array:
@@ -147,5 +177,6 @@ def _narrow_dot(a: jax.Array, b: jax.Array, on_cpu: bool) -> jax.Array:
     if jnp.issubdtype(a.dtype, jnp.integer):
         return _dot(a, b, jnp.int32).astype(jnp.float32)
     if on_cpu:  # no dots of 8-bit floats there; bfloat16 holds each of them exactly
+        a, b = _after(a, b)
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
     return _dot(a, b)

@@ -241,3 +241,51 @@ def test_strict_implementation_and_shapes() -> None:
 def test_case_names_are_unique() -> None:
     names = [case.name for case in (*CASES, *GPU_CASES)]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.kind in ("w8a16", "w4a16")], ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_digits_are_as_exact_as_their_dtype(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, with magnitudes of one token far apart; and each token as if it were alone, bit for bit."""
+    monkeypatch.setattr(xla, "MOST_ROWS_IN_GROUPS", 1 << 20)
+    rng = np.random.default_rng(8)
+    weight, x = case.weight(rng), case.activations(rng, "float32") * 10.0 ** rng.uniform(-3, 1, case.k)
+    x = jnp.concatenate([x, jnp.zeros_like(x[:1])]).astype(dtype)
+    run = jax.jit(lambda x, w: xla.run(x, w, jnp.float32))
+    found, expected = (
+        np.asarray(run(x, weight)),
+        np.asarray(call(x, weight, implementation="reference", out_dtype="float32")),
+    )
+    bound = 3e-6 if dtype == "float32" else 2e-4  # 16 bits: 2^-16 of the largest activation each
+    np.testing.assert_allclose(found, expected, atol=bound * np.abs(expected).max())
+    assert not found[-1].any()
+    for row in (0, len(x) - 2):
+        assert np.array_equal(np.asarray(run(x[row : row + 1], weight))[0], found[row])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_integers_on_both_sides_do_not_depend_on_the_rows_beside(dtype: str) -> None:
+    case = Case("", 37, 576, 192, "w8a8")
+    rng = np.random.default_rng(10)
+    weight, x = case.weight(rng), case.activations(rng, dtype)
+    run = jax.jit(lambda x, w: xla.run(x, w, jnp.float32))
+    whole = np.asarray(run(x, weight))
+    for first, last in ((0, 1), (5, 9), (20, 37)):
+        assert np.array_equal(np.asarray(run(x[first:last], weight)), whole[first:last])
+
+
+def test_converted_weights_do_not_pile_up() -> None:
+    """A chain of products with weights that have to be converted: room for about one of them, not for all."""
+    size, count = 512, 12
+    dense = jnp.asarray(np.random.default_rng(9).standard_normal((size, size)), jnp.float32)
+
+    def chain(x: jax.Array, weights: list[QuantizedWeight]) -> jax.Array:
+        for weight in weights:
+            x = xla.run(x, weight, jnp.dtype(jnp.bfloat16))
+        return x
+
+    for kind, group_size in (("w4a16", 128), ("w8a16_fp8", -1), ("w8a8_fp8", -1), ("w8a8_fp8", 128)):
+        weights = [from_dense(dense, kind, group_size)] * count
+        x = jax.ShapeDtypeStruct((64, size), jnp.bfloat16)
+        memory = jax.jit(chain).lower(x, weights).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 5 * 2 * size * size, (kind, group_size)
