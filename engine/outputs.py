@@ -119,12 +119,14 @@ class EmbeddingOutput:
     Attributes:
         embedding: float32[E], L2-normalised unless that was not wanted.
         num_prompt_tokens, num_cached_tokens: of the prompt.
+        metrics: when things happened.
     """
 
     request_id: str
     embedding: tuple[float, ...]
     num_prompt_tokens: int
     num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
 
     @classmethod
     def of(cls, output: RequestOutput) -> EmbeddingOutput:
@@ -138,7 +140,8 @@ class EmbeddingOutput:
         """
         if output.embedding is None:
             raise RequestFailedError(output.error or f"request {output.request_id!r} was aborted.")
-        return cls(output.request_id, output.embedding, len(output.prompt_token_ids), output.num_cached_tokens)
+        num_prompt_tokens, num_cached_tokens = len(output.prompt_token_ids), output.num_cached_tokens
+        return cls(output.request_id, output.embedding, num_prompt_tokens, num_cached_tokens, output.metrics)
 
 
 @dataclass(frozen=True)

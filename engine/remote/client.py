@@ -18,7 +18,8 @@ from engine.client import EngineInfo, RequestTimeline, StepEvent
 from engine.config import EngineConfig
 from engine.errors import InvalidRequestError
 from engine.input_processor import InputProcessor, ModelLimits, Prompt
-from engine.outputs import RequestOutput
+from engine.outputs import EmbeddingOutput, RequestOutput
+from engine.pooling import Pooling, PoolingParams
 from engine.remote.exchange import Exchange
 from engine.remote.plain import from_plain, to_plain
 from engine.remote.supervisor import Supervisor
@@ -104,6 +105,23 @@ class RemoteEngine:
         try:
             while not stream.ended:
                 yield await stream.get()
+        finally:
+            if not stream.ended:
+                self.abort(request.request_id)
+
+    async def embed(
+        self, prompt: Prompt, *, pooling: Pooling = "last", normalize: bool = True, request_id: str | None = None
+    ) -> EmbeddingOutput:
+        """As `AsyncEngine.embed`.
+
+        Raises:
+            As `generate`; RequestFailedError also if the request was aborted.
+        """
+        self._supervisor.require_up()
+        request = self._inputs.make_pooled(prompt, PoolingParams(pooling, normalize), request_id=request_id)
+        stream = self._open(request)
+        try:
+            return EmbeddingOutput.of(await stream.get())  # there is one: it comes when the prompt is computed
         finally:
             if not stream.ended:
                 self.abort(request.request_id)

@@ -77,6 +77,7 @@ def _output(output: RequestOutput, sent: _Sent) -> Output:
         None if scores is None else [None if p is None else _position(p) for p in scores],
         [getattr(metrics, name) for name in _METRICS] if output.finished and metrics is not None else None,
         output.error,
+        output.embedding,
     )
 
 
@@ -120,7 +121,7 @@ class LiveRequest:
             )
             for c in output.completions
         ]
-        self._put(completions, output.finished, metrics, output.error)
+        self._put(completions, output.finished, metrics, output.error, output.embedding)
 
     def _put(
         self,
@@ -128,6 +129,7 @@ class LiveRequest:
         finished: bool = False,
         metrics: RequestMetrics | None = None,
         error: str | None = None,
+        embedding: tuple[float, ...] | None = None,
     ) -> None:
         request = self.request
         self.stream.put(
@@ -141,6 +143,7 @@ class LiveRequest:
                 self.num_cached_tokens,
                 metrics,
                 error,
+                embedding,
             )
         )
 

@@ -104,7 +104,7 @@ class Output(msgspec.Struct, array_like=True):
     Attributes:
         handle: of the request.
         completions: all n.
-        finished, num_cached_tokens, error: as in `RequestOutput`.
+        finished, num_cached_tokens, error, embedding: as in `RequestOutput`.
         prompt_logprobs: all of them if there are more than the last time; else None.
         metrics: fields of `RequestMetrics` in their order; only with the last output.
     """
@@ -116,6 +116,7 @@ class Output(msgspec.Struct, array_like=True):
     prompt_logprobs: list[Position | None] | None
     metrics: list[int | float | None] | None
     error: str | None
+    embedding: tuple[float, ...] | None = None
 
 
 class Step(msgspec.Struct, array_like=True, tag=12):

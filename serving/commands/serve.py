@@ -20,11 +20,12 @@ from serving.endpoints import ALL_ROUTES
 from serving.errors import EXIT_OK, UsageError
 from serving.flags import add_engine_flags, add_server_flags, engine_settings, server_settings
 from serving.http.app import make_app
-from serving.http.context import make_context
+from serving.http.context import make_context, model_names
 from serving.http.parsers import make_factory
 from serving.http.routes import Route
 from serving.http.server import run_server
 from serving.http.settings import ServerSettings
+from serving.observability import ObservabilityConfig, observe
 
 SUMMARY = "serve a model over HTTP, as OpenAI's API"
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace, create: ClientFactory) -> int:
     # All this is checked before jax and the model are loaded, so that a wrong flag is answered at once.
     settings = ServerSettings(**server_settings(args))
     make_factory(settings.tool_call_parser, settings.reasoning_parser)
+    observability_of(settings)
     template = read_template(settings.chat_template)
     flat = engine_settings(args)
     if args.model is not None:
@@ -73,11 +75,30 @@ async def serve(
     """
     client = await create(model, process=settings.engine_process, **engine)
     try:
-        context = make_context(client, settings, chat_template=template)
-        app = make_app(context, ALL_ROUTES)
-        await run_server(app, lambda url: announce(url, client, context.model_names, ALL_ROUTES))
+        names = model_names(client, settings)
+        watching = observe(client, names[0], observability_of(settings))
+        try:
+            context = make_context(client, settings, observers=watching.observers, chat_template=template)
+            routes = (*ALL_ROUTES, *watching.routes)
+            app = make_app(context, routes, [watching.metrics.http.middleware])
+            await run_server(app, lambda url: announce(url, client, names, routes))
+        finally:
+            await asyncio.to_thread(watching.close)
     finally:
         await client.close()
+
+
+def observability_of(settings: ServerSettings) -> ObservabilityConfig:
+    """How the server watches itself.
+
+    Raises:
+        UsageError: a value is not one of those that are allowed.
+    """
+    return ObservabilityConfig(
+        log_format="json" if settings.log_format == "json" else "text",
+        log_requests=settings.request_log,
+        otlp_traces_endpoint=settings.otlp_traces_endpoint,
+    )
 
 
 def read_template(path: str | None) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from serving.endpoints import chat, completions, health, models, page, steps, tokenize
+from serving.endpoints import chat, completions, embeddings, health, models, page, steps, tokenize
 from serving.http.routes import Route
 
 ALL_ROUTES: tuple[Route, ...] = (
     *completions.ROUTES,
     *chat.ROUTES,
+    *embeddings.ROUTES,
     *models.ROUTES,
     *tokenize.ROUTES,
     *health.ROUTES,

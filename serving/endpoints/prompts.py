@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from engine.errors import ContextLengthError, InvalidRequestError
 from serving.http.context import ServerContext
 from serving.protocol.completions import MAX_PROMPTS, CompletionRequest
-from serving.protocol.sampling import SamplingFields
 
 # No token is longer than this in any supported vocabulary, nearly: a text of more characters than this for every
 # position cannot fit, so that it is not worth encoding.
 MAX_CHARS_PER_TOKEN = 512
+
+
+class PromptOptions(Protocol):
+    """What a body may say of its prompts, whatever it wants to be made of them."""
+
+    truncate_prompt_tokens: int | None
+    cache_salt: str | None
+
+    @property
+    def output_room(self) -> int:
+        """Positions that the output needs at least, as far as the body says."""
+        ...
 
 
 async def completion_prompts(context: ServerContext, body: CompletionRequest) -> list[dict[str, Any]]:
@@ -21,19 +32,33 @@ async def completion_prompts(context: ServerContext, body: CompletionRequest) ->
     Raises:
         InvalidRequestError: none or too many, empty, or with truncate_prompt_tokens out of range.
     """
-    given = body.prompt
-    is_one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
-    prompts = cast("Sequence[str | list[int]]", [given] if is_one else given)
-    if not prompts:
-        raise InvalidRequestError("the prompt must not be empty.", "prompt")
-    if len(prompts) > MAX_PROMPTS:
-        raise InvalidRequestError(f"at most {MAX_PROMPTS} prompts are allowed, got {len(prompts)}.", "prompt")
+    prompts = several_prompts(body.prompt, "prompt")
     special = True if body.add_special_tokens is None else body.add_special_tokens
     return [await engine_prompt(context, body, prompt, add_special_tokens=special) for prompt in prompts]
 
 
+def several_prompts(
+    given: str | Sequence[int] | Sequence[str] | Sequence[list[int]], name: str
+) -> Sequence[str | list[int]]:
+    """One prompt or many, as a list of them.
+
+    Args:
+        name: of the field that brings them.
+
+    Raises:
+        InvalidRequestError: none or too many.
+    """
+    is_one = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
+    prompts = cast("Sequence[str | list[int]]", [given] if is_one else given)
+    if not prompts:
+        raise InvalidRequestError(f"the {name} must not be empty.", name)
+    if len(prompts) > MAX_PROMPTS:
+        raise InvalidRequestError(f"at most {MAX_PROMPTS} prompts are allowed, got {len(prompts)}.", name)
+    return prompts
+
+
 async def engine_prompt(
-    context: ServerContext, body: SamplingFields, prompt: str | list[int], *, add_special_tokens: bool
+    context: ServerContext, body: PromptOptions, prompt: str | list[int], *, add_special_tokens: bool
 ) -> dict[str, Any]:
     """One prompt for the engine.
 
@@ -65,14 +90,14 @@ def _check_length(context: ServerContext, text: str, *, cut: bool) -> None:
         )
 
 
-def _truncate(context: ServerContext, body: SamplingFields, ids: list[int]) -> list[int]:
+def _truncate(context: ServerContext, body: PromptOptions, ids: list[int]) -> list[int]:
     """The last `truncate_prompt_tokens` ids; -1 = as many as leave room for the output."""
     wanted = body.truncate_prompt_tokens
     if wanted is None:
         return ids
     limit = context.client.info.max_model_len
     if wanted == -1:
-        wanted = max(1, limit - max(1, body.max_tokens or 1))
+        wanted = max(1, limit - body.output_room)
     if not 1 <= wanted <= limit:
         raise InvalidRequestError(
             f"truncate_prompt_tokens must be -1 or 1 to {limit}, got {wanted}.", "truncate_prompt_tokens"

@@ -21,12 +21,18 @@ logger = logging.getLogger("quire.serving")
 CORS_HEADERS = "Authorization, Content-Type, X-Api-Key, X-Request-Id, Anthropic-Version"
 
 
-def make_app(context: ServerContext, routes: Sequence[Route]) -> web.Application:
-    """The app that serves `routes` and the document that describes them."""
+def make_app(
+    context: ServerContext, routes: Sequence[Route], middlewares: Sequence[Middleware] = ()
+) -> web.Application:
+    """The app that serves `routes` and the document that describes them.
+
+    Args:
+        middlewares: around everything, so that they see each answer as the client gets it; the outermost first.
+    """
     settings = context.settings
     routes = [*routes, openapi_route(routes, settings.root_path)]
     gate = Gate(routes, settings.api_key or Environment.read().api_keys, settings.allowed_origins or ())
-    app = web.Application(middlewares=[gate.pass_through], client_max_size=settings.max_request_bytes)
+    app = web.Application(middlewares=[*middlewares, gate.pass_through], client_max_size=settings.max_request_bytes)
     app[CONTEXT] = context
     app.on_response_prepare.append(gate.add_headers)
     for route in routes:

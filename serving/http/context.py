@@ -49,7 +49,7 @@ class ServerContext:
     @property
     def model_names(self) -> Sequence[str]:
         """The names that requests may use; the first is used in answers."""
-        return self.settings.served_model_name or [self.client.info.model]
+        return model_names(self.client, self.settings)
 
     def check_model(self, name: str | None) -> str:
         """The name to answer with.
@@ -79,6 +79,11 @@ class ServerContext:
             return tokenizer.encode(text, add_special_tokens)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.pool, tokenizer.encode, text, add_special_tokens)
+
+
+def model_names(client: EngineClient, settings: ServerSettings) -> Sequence[str]:
+    """The names that a model is served under."""
+    return settings.served_model_name or [client.info.model]
 
 
 CONTEXT = web.AppKey("context", ServerContext)

@@ -7,15 +7,17 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Any
 
 from aiohttp import web
 
 from engine.errors import InvalidRequestError, QueueFullError
 from engine.input_processor import Prompt
-from engine.outputs import RequestOutput
+from engine.outputs import CompletionOutput, EmbeddingOutput, RequestOutput
+from engine.pooling import Pooling
 from engine.sampling_params import SamplingParams
 from serving.http.context import ServerContext
 from serving.http.errors import CLIENT_GONE, ApiError, fault_of
@@ -45,6 +47,19 @@ class Job:
     prompt: Prompt
     params: SamplingParams
     priority: int = 0
+    trace_parent: str | None = None
+
+
+@dataclass(frozen=True)
+class EmbeddingJob:
+    """One prompt that is only pooled. Fields as in `Job`, and as `EngineClient.embed`'s."""
+
+    request_id: str
+    endpoint: str
+    model: str
+    prompt: Prompt
+    pooling: Pooling
+    normalize: bool
     trace_parent: str | None = None
 
 
@@ -114,6 +129,44 @@ async def generate(context: ServerContext, job: Job) -> AsyncGenerator[RequestOu
             record.end(context, error)
 
 
+async def embed(context: ServerContext, job: EmbeddingJob) -> EmbeddingOutput:
+    """The embedding of one prompt.
+
+    Raises:
+        As `EngineClient.embed`; TimeoutError: it took longer than request_timeout.
+    """
+    engine_ids = context.traffic.engine_ids
+    if job.request_id in engine_ids:
+        job = replace(job, request_id=f"{job.request_id}-{uuid.uuid4().hex[:8]}")
+    record = _Record(
+        RequestStart(
+            job.request_id,
+            job.endpoint,
+            job.model,
+            None,
+            _prompt_length(job.prompt),
+            time.monotonic(),
+            job.trace_parent,
+        )
+    )
+    engine_ids.add(job.request_id)
+    error: BaseException | None = None
+    try:
+        async with asyncio.timeout(context.settings.request_timeout):
+            output = await context.client.embed(
+                job.prompt, pooling=job.pooling, normalize=job.normalize, request_id=job.request_id
+            )
+        record.end_embedding(context, output)
+        return output
+    except BaseException as caught:
+        error = caught
+        raise
+    finally:
+        engine_ids.discard(job.request_id)
+        if context.observers and error is not None:
+            record.end(context, error)
+
+
 class _Record:
     """What the observers are told of one job."""
 
@@ -132,6 +185,23 @@ class _Record:
                 self.first_token = now
             for observer in context.observers:
                 observer.on_tokens(self.start.request_id, num_new, now)
+
+    def end_embedding(self, context: ServerContext, output: EmbeddingOutput) -> None:
+        """It is over, and well: in the form that observers know, one completion without tokens."""
+        if not context.observers:
+            return
+        self.output = RequestOutput(
+            request_id=output.request_id,
+            prompt=None,
+            prompt_token_ids=(),
+            outputs=[CompletionOutput(0, "", (), finish_reason="stop")],
+            finished=True,
+            num_cached_tokens=output.num_cached_tokens,
+            metrics=output.metrics,
+        )
+        for observer in context.observers:
+            observer.on_start(self.start)
+        self.end(context, None)
 
     def end(self, context: ServerContext, error: BaseException | None) -> None:
         """It is over, in whatever way."""
@@ -180,11 +250,24 @@ async def final_outputs(context: ServerContext, jobs: Sequence[Job]) -> list[Req
     Raises:
         As `EngineClient.generate`.
     """
-    if len(jobs) == 1:
-        return [await final_output(context, jobs[0])]
+    return await _all_of([final_output(context, job) for job in jobs])
+
+
+async def embeddings(context: ServerContext, jobs: Sequence[EmbeddingJob]) -> list[EmbeddingOutput]:
+    """The embeddings of several prompts, which run together; the first fault ends them all.
+
+    Raises:
+        As `EngineClient.embed`.
+    """
+    return await _all_of([embed(context, job) for job in jobs])
+
+
+async def _all_of[T](works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    if len(works) == 1:
+        return [await works[0]]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(final_output(context, job)) for job in jobs]
+            tasks = [group.create_task(work) for work in works]
     except ExceptionGroup as group:
         raise _first_of(group) from None
     return [task.result() for task in tasks]

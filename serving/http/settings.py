@@ -53,7 +53,12 @@ class ServerSettings:
     send_timeout: float = _setting(60.0, "seconds after which a client that does not read its answer is given up")
     keepalive_timeout: float = _setting(75.0, "seconds that an idle connection is kept")
     shutdown_timeout: float = _setting(30.0, "seconds that requests have to end after SIGTERM, before they are aborted")
-    access_log: bool = _setting(True, "log each HTTP request in a line")
+    request_log: bool = _setting(True, "write a line per finished request: tokens, times, how it ended")
+    log_format: str = _setting("text", "how that line is written", choices=("text", "json"))
+    access_log: bool = _setting(False, "log each HTTP request in a line as well, also those that generate nothing")
+    otlp_traces_endpoint: str | None = _setting(
+        None, "URL of an OpenTelemetry collector (OTLP over HTTP) that gets a span per request (default: none)"
+    )
     enable_log_requests: bool = _setting(False, "log the parameters of each request, never its prompt")
     engine_process: bool = _setting(True, "run the engine in a process of its own, apart from HTTP")
 

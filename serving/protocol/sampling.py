@@ -181,6 +181,11 @@ class SamplingFields(RequestBody):
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidRequestError("prompt_logprobs is not available when stream is true.", "prompt_logprobs")
 
+    @property
+    def output_room(self) -> int:
+        """Positions that the output needs at least."""
+        return max(1, self.max_tokens or 1)
+
     def sampling_params(
         self, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
     ) -> SamplingParams:
