@@ -94,8 +94,10 @@ class AsyncEngine:
         if params is None:
             params = self._built.default_sampling.replace(output_kind=RequestOutputKind.DELTA)
         request = self._built.inputs.make(prompt, params, request_id=request_id, priority=priority)
-        await self._compile_grammar(request)
+        aborted = await self._compile_grammar(request)
         stream = self._open(request)
+        if aborted:
+            self._inbox.put(_Abort(request.request_id))
         finished = False
         try:
             while not finished:
@@ -157,22 +159,25 @@ class AsyncEngine:
             self._streams.clear()
             self._loop = loop
 
-    async def _compile_grammar(self, request: Request) -> None:
+    async def _compile_grammar(self, request: Request) -> bool:
         """Wait for the grammar of a request, if it has one: neither this loop nor the engine's waits with it.
+
+        Returns:
+            True if the request was aborted meanwhile.
 
         Raises:
             InvalidRequestError: the grammar is at fault.
         """
         params, grammars = request.params.structured_outputs, self._built.core.grammars
         if params is None or grammars is None:
-            return
-        self._compiling.setdefault(request.request_id, False)
+            return False
+        self._compiling[request.request_id] = False
         try:
             # Shielded: others may wait for the same grammar.
             await asyncio.shield(asyncio.wrap_future(grammars.submit(params)))
-        except BaseException:
-            self._compiling.pop(request.request_id, None)
-            raise
+        finally:
+            aborted = self._compiling.pop(request.request_id, False)
+        return aborted
 
     def _open(self, request: Request) -> asyncio.Queue[Event]:
         """Send a request to the engine. Its id is in use until its last event comes, also if nobody waits for that."""
@@ -182,8 +187,6 @@ class AsyncEngine:
         stream: asyncio.Queue[Event] = asyncio.Queue()
         self._streams[request_id] = stream
         self._inbox.put(_Add(request))
-        if self._compiling.pop(request_id, False):  # aborted while its grammar was compiled
-            self._inbox.put(_Abort(request_id))
         if self._dead is not None:  # it died meanwhile, perhaps without having seen this stream
             del self._streams[request_id]
             self._require_alive()

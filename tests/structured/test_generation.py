@@ -413,6 +413,8 @@ class TestWaysIn:
             assert last.finished and last.outputs[0].finish_reason == "abort"
             text = (await asyncio.wait_for(waiting, 30))[-1].outputs[0].text
             assert re.fullmatch("[ab]{7}", text)
+            with pytest.raises(InvalidRequestError, match="in use"):
+                await asyncio.gather(*(ask(engine, following(regex="[ab]{9}"), "same") for _ in range(2)))
             assert engine._compiling == {}
         finally:
             del grammars.submit  # type: ignore[method-assign]
