@@ -48,7 +48,6 @@ class TestEveryKind:
 
     def test_some_schemas(self, engine: Engine) -> None:
         assert require_valid(engine, SUBSET, {"disable_any_whitespace": True}) > 0.7
-        assert engine.metrics()["compiles_after_ready"] == 0
 
     @pytest.mark.slow
     @pytest.mark.parametrize("model", ["llama", "qwen3"])
