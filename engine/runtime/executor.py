@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -54,9 +55,8 @@ class PromptScore:
     full: np.ndarray | None
 
 
-@dataclass(frozen=True)
-class StartedStep:
-    """A step whose forward pass was dispatched and whose sampling was not.
+class StartedStep(NamedTuple):
+    """A step whose forward pass was dispatched and whose sampling was not. A tuple: one is made in every step.
 
     Attributes:
         plan: the step.
