@@ -89,8 +89,10 @@ def _by_digits(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     """
     count = 2 if x.dtype.itemsize == 2 else 3
     wide = x.astype(jnp.float32)
-    unit = jnp.abs(wide).max(-1, keepdims=True) * (1.0 / (127 * (256**count - 1) // 255))
-    rest = jnp.round(wide * (1.0 / jnp.where(unit == 0, 1.0, unit))).astype(jnp.int32)
+    limit = 127 * (256**count - 1) // 255
+    unit = jnp.abs(wide).max(-1, keepdims=True) * (1.0 / limit)
+    # The largest number itself may come out a little larger than the limit, which no digits can hold.
+    rest = jnp.clip(jnp.round(wide * (1.0 / jnp.where(unit == 0, 1.0, unit))), -limit, limit).astype(jnp.int32)
     digits = []  # the lowest first
     for _ in range(count):
         digit = ((rest + 128) & 255) - 128
