@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self
 
 from engine.client import EngineClient
 from engine.config import EngineConfig
@@ -97,12 +97,12 @@ async def create_client(model: str, *, process: bool, **settings: Any) -> Engine
     """Load a model for a server, in a process of its own or in a thread of this one."""
     # Imported late on purpose, as in `create_engine`.
     if process:
-        from engine.remote.client import RemoteEngine  # pyright: ignore[reportMissingImports]
+        from engine.remote.client import RemoteEngine
 
-        return cast(EngineClient, await RemoteEngine.start(model, **settings))
+        return await RemoteEngine.start(model, **settings)
     from engine.async_engine import AsyncEngine
 
-    return cast(EngineClient, await asyncio.to_thread(AsyncEngine, model, **settings))
+    return await asyncio.to_thread(AsyncEngine, model, **settings)
 
 
 def convert_model(config: EngineConfig, out: Path, progress: Report) -> None:

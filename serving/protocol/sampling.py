@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engine.errors import InvalidRequestError
 from engine.sampling_params import RequestOutputKind, SamplingParams
+from engine.structured.params import StructuredOutputsParams
 from serving.protocol.base import Missing, RequestBody
 
 # The same name in the API and in SamplingParams.
@@ -197,7 +198,7 @@ class SamplingFields(RequestBody):
         given = {name: value for name in _SAME_NAMES if (value := getattr(self, name)) is not None}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         if (structured := self.structured()) is not None:
-            given["structured_outputs"] = make_structured(structured)
+            given["structured_outputs"] = StructuredOutputsParams(**structured)
         return defaults.replace(
             **given, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, output_kind=kind
         )
@@ -229,14 +230,3 @@ def _from_response_format(wanted: ResponseFormat | None) -> dict[str, Any] | Non
         raise InvalidRequestError("response_format of type json_schema needs json_schema.", "response_format")
     schema = wanted.json_schema.json_schema
     return {"json_object": True} if schema is None else {"json": schema}
-
-
-def make_structured(fields: dict[str, Any]) -> Any:
-    """`StructuredOutputsParams` of these fields.
-
-    Raises:
-        InvalidRequestError: always: the engine has no structured output yet.
-    """
-    raise InvalidRequestError(
-        f"structured output ({', '.join(fields)}) is not supported by this engine.", "structured_outputs"
-    )

@@ -24,7 +24,6 @@ from serving.http.settings import ServerSettings
 from tests.engine.conftest import compilation_cache  # noqa: F401 - a fixture
 from tests.engine.helpers import SMALL, TINY, golden_prompts
 
-pytest.importorskip("engine.remote.client", reason="needs an engine that is an EngineClient")
 MODEL = TINY / "llama"
 
 

@@ -139,6 +139,6 @@ class TestWaysIn:
             assert re.fullmatch("[ab]{7}", text)
             with pytest.raises(InvalidRequestError, match="in use"):
                 await asyncio.gather(*(ask(engine, following(regex="[ab]{9}"), "same") for _ in range(2)))
-            assert engine._compiling == {}
+            assert engine._driver._compiling == {}
         finally:
             del grammars.submit  # type: ignore[method-assign]
