@@ -12,6 +12,7 @@ from aiohttp import web
 
 from engine.outputs import CompletionOutput, RequestOutput
 from engine.sampling_params import SamplingParams
+from engine.structured.params import StructuredOutputsParams
 from serving.endpoints.chat_input import chat_prompt, check_chat, parser_request
 from serving.endpoints.chunks import ChunkMaker
 from serving.endpoints.logprobs import TokenNames, chat_logprobs, prompt_logprobs
@@ -20,7 +21,7 @@ from serving.endpoints.usage import UsageCounter, usage_of
 from serving.http.body import read_body
 from serving.http.context import ServerContext, context_of
 from serving.http.generation import Job, final_output, generate, make_request_id
-from serving.http.parsers import ParserRequest
+from serving.http.parsers import AnswerReader
 from serving.http.reply import reply
 from serving.http.routes import Route
 from serving.http.sse import DONE, send_events
@@ -37,16 +38,18 @@ class PreparedChat:
     Attributes:
         body: the request.
         job: for the engine.
-        parsing: what the parsers of its answers are made for.
+        reader: says how its answers are read.
+        text: the prompt.
     """
 
     body: ChatRequest
     job: Job
-    parsing: ParserRequest
+    reader: AnswerReader
+    text: str
 
-    def make_parser(self, context: ServerContext) -> OutputParser:
+    def make_parser(self) -> OutputParser:
         """A parser for one of the n answers."""
-        return context.parsers.make(self.parsing)
+        return self.reader.parser(self.text)
 
 
 async def prepare_chat(
@@ -64,7 +67,8 @@ async def prepare_chat(
     body.check_stream()
     check_chat(context, body)
     model = context.check_model(body.model)
-    params = chat_params(context, body)
+    reader = context.parsers.reader(parser_request(body))
+    params = chat_params(context, body, reader)
     request_id = make_request_id(request, body.request_id, prefix)
     text = chat_prompt(context, body)
     prompt = await engine_prompt(context, body, text, add_special_tokens=bool(body.add_special_tokens))
@@ -77,22 +81,25 @@ async def prepare_chat(
         priority=body.priority or 0,
         trace_parent=request.headers.get("traceparent"),
     )
-    return PreparedChat(body, job, parser_request(body, text))
+    return PreparedChat(body, job, reader, text)
 
 
-def chat_params(context: ServerContext, body: ChatRequest) -> SamplingParams:
-    """The parameters of the answers.
+def chat_params(context: ServerContext, body: ChatRequest, reader: AnswerReader) -> SamplingParams:
+    """The parameters of the answers, with what their parsers need.
 
     Raises:
         InvalidRequestError: a value is out of range.
     """
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    return body.sampling_params(
+    params = body.sampling_params(
         context.client.info.default_sampling,
         max_tokens=most,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
     )
+    if reader.json_schema is not None:
+        params = params.replace(structured_outputs=StructuredOutputsParams(json=reader.json_schema))
+    return params if reader.skip_special_tokens else params.replace(skip_special_tokens=False)
 
 
 async def create(request: web.Request) -> web.StreamResponse:
@@ -137,7 +144,7 @@ class ChatAnswer:
         return made
 
     def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
-        parser = self.chat.make_parser(self.context)
+        parser = self.chat.make_parser()
         deltas = [*parser.feed(completion.text), *parser.finish()]
         message = self._message(deltas)
         choice = {
@@ -180,7 +187,7 @@ class ChatAnswer:
                 for completion in output.outputs:
                     stream = streams.get(completion.index)
                     if stream is None:
-                        stream = streams[completion.index] = _ChoiceStream(self.chat.make_parser(self.context))
+                        stream = streams[completion.index] = _ChoiceStream(self.chat.make_parser())
                         yield self._opening(chunks, output, completion.index, counter)
                     if stream.ended:
                         continue

@@ -7,6 +7,7 @@ from typing import Any
 from engine.errors import InvalidRequestError
 from serving.http.context import ServerContext
 from serving.http.parsers import ParserRequest
+from serving.parsing.formats import Choice
 from serving.protocol.chat import ChatRequest, NamedToolChoice
 
 
@@ -54,16 +55,22 @@ def _check_tools(context: ServerContext, body: ChatRequest) -> None:
             "--enable-auto-tool-choice and --tool-call-parser.",
             "tool_choice",
         )
-    if choice != "none" and not context.parsers.reads_tools:
-        raise InvalidRequestError("tool calls need a server that was started with --tool-call-parser.", "tool_choice")
+    if _is_enforced(body) and body.structured() is not None:
+        raise InvalidRequestError(
+            "a tool_choice that forces a call excludes response_format and structured_outputs: the answer is the call.",
+            "tool_choice",
+        )
 
 
-def tool_choice_of(body: ChatRequest) -> str:
-    """ "none", "auto", "required", or the name of the function that must be called."""
+def _is_enforced(body: ChatRequest) -> bool:
+    return body.tool_choice == "required" or isinstance(body.tool_choice, NamedToolChoice)
+
+
+def _tool_choice_of(body: ChatRequest) -> Choice:
     if not body.tools:
         return "none"
     if isinstance(body.tool_choice, NamedToolChoice):
-        return body.tool_choice.function.name
+        return body.tool_choice.model_dump(exclude_none=True)
     return body.tool_choice or "auto"
 
 
@@ -95,6 +102,13 @@ def chat_prompt(context: ServerContext, body: ChatRequest) -> str:
     )
 
 
-def parser_request(body: ChatRequest, prompt: str) -> ParserRequest:
-    """What the parsers of the answers are made for."""
-    return ParserRequest(tools=_tools_of(body), tool_choice=tool_choice_of(body), prompt=prompt)
+def parser_request(body: ChatRequest) -> ParserRequest:
+    """What decides how the answers are read."""
+    structured = body.structured()
+    return ParserRequest(
+        tools=_tools_of(body),
+        tool_choice=_tool_choice_of(body),
+        parallel=body.parallel_tool_calls is not False,
+        # A structural tag leaves the text before it free.
+        constrained=structured is not None and "structural_tag" not in structured,
+    )

@@ -1,49 +1,78 @@
-"""Which parser reads an answer: the border to `serving/parsing`."""
+"""How answers are read: the border to `serving/parsing`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from engine.errors import ConfigError
-from serving.parsing.deltas import OutputParser, PlainParser
+from serving.parsing.deltas import OutputParser
+from serving.parsing.formats import TOOL_FORMATS, Choice, answer_format
+from serving.parsing.reasoning import REASONING_STYLES
 
 
 @dataclass(frozen=True)
 class ParserRequest:
-    """What a parser is made for.
+    """What decides how the answers to a request are read.
 
     Attributes:
         tools: those that the model may call, as the API has them; empty = none.
-        tool_choice: "none", "auto", "required", or the name of the function that must be called.
-        prompt: text of the prompt; it may end inside the reasoning.
+        tool_choice: "none", "auto", "required", or `{"type": "function", "function": {"name": …}}`.
+        parallel: False = at most one call.
+        constrained: a grammar of the request's own holds from the first token on.
     """
 
     tools: Sequence[dict[str, Any]] = ()
-    tool_choice: str = "none"
-    prompt: str = ""
+    tool_choice: Choice = "none"
+    parallel: bool = True
+    constrained: bool = False
 
 
-class ParserFactory(Protocol):
-    """Makes a parser per answer."""
+class AnswerReader(Protocol):
+    """How the answers to one request are read. `serving.parsing.formats.AnswerFormat` is one."""
 
-    reads_tools: bool
-    """True if it knows how the model calls tools."""
+    @property
+    def json_schema(self) -> dict[str, Any] | None:
+        """What the engine must hold the answer to, so that it is the calls that were asked for."""
+        ...
 
-    def make(self, request: ParserRequest) -> OutputParser:
-        """A parser for one answer."""
+    @property
+    def skip_special_tokens(self) -> bool:
+        """False if the parser needs to see special tokens."""
+        ...
+
+    def parser(self, prompt_text: str = "") -> OutputParser:
+        """A parser for one answer to a prompt, which may end inside the reasoning."""
         ...
 
 
-class PlainFactory:
-    """Everything is content."""
+class ParserFactory(Protocol):
+    """Decides how answers are read."""
 
-    reads_tools = False
+    def reader(self, request: ParserRequest) -> AnswerReader:
+        """For the answers to one request."""
+        ...
 
-    def make(self, request: ParserRequest) -> OutputParser:
+
+@dataclass(frozen=True)
+class NamedParsers:
+    """The parsers that the server was started with. None = calls are only found where they are enforced; reasoning is
+    content."""
+
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
+
+    def reader(self, request: ParserRequest) -> AnswerReader:
         """As `ParserFactory`."""
-        return PlainParser()
+        return answer_format(
+            tool_parser=self.tool_parser,
+            reasoning_parser=self.reasoning_parser,
+            tools=request.tools,
+            tool_choice=request.tool_choice,
+            parallel_tool_calls=request.parallel,
+            constrained=request.constrained,
+        )
 
 
 def make_factory(tool_parser: str | None, reasoning_parser: str | None) -> ParserFactory:
@@ -52,7 +81,11 @@ def make_factory(tool_parser: str | None, reasoning_parser: str | None) -> Parse
     Raises:
         ConfigError: there is no such parser.
     """
-    for flag, name in (("tool_call_parser", tool_parser), ("reasoning_parser", reasoning_parser)):
-        if name is not None:
-            raise ConfigError(f"{flag} {name!r} is not known; there are none.")
-    return PlainFactory()
+    _check("tool_call_parser", tool_parser, TOOL_FORMATS)
+    _check("reasoning_parser", reasoning_parser, REASONING_STYLES)
+    return NamedParsers(tool_parser, reasoning_parser)
+
+
+def _check(setting: str, name: str | None, known: Mapping[str, Any]) -> None:
+    if name is not None and name not in known:
+        raise ConfigError(f"{setting} must be one of {', '.join(sorted(known))}; got {name!r}.")

@@ -10,7 +10,7 @@ import pytest
 
 from engine.text.tokenizer import Tokenizer
 from serving.http.context import ServerContext
-from serving.http.parsers import ParserRequest
+from serving.http.parsers import AnswerReader, ParserRequest
 from serving.parsing.deltas import ContentDelta, Delta, OutputParser, ReasoningDelta, ToolCallDelta
 from serving.protocol.chat import ChatChunk, ChatResponse
 from tests.serving.fakes import MODEL, FakeEngine, Script, async_test, post, serving, stream, tiny_tokenizer
@@ -199,13 +199,19 @@ class Marks:
 
 
 class MarksFactory:
-    reads_tools = True
+    json_schema = None
+    skip_special_tokens = True
 
     def __init__(self) -> None:
         self.requests: list[ParserRequest] = []
+        self.prompts: list[str] = []
 
-    def make(self, request: ParserRequest) -> OutputParser:
+    def reader(self, request: ParserRequest) -> AnswerReader:
         self.requests.append(request)
+        return self
+
+    def parser(self, prompt_text: str = "") -> OutputParser:
+        self.prompts.append(prompt_text)
         return Marks()
 
 
@@ -229,7 +235,7 @@ async def test_parsers_make_reasoning_and_calls(shows: bool) -> None:
     assert [streamed["calls"][i]["arguments"] for i in (0, 1)] == ["1", "2"]
     assert answer["choices"][0]["finish_reason"] == streamed["finish_reason"] == "tool_calls"
     assert factory.requests[0].tool_choice == "required" and factory.requests[0].tools == [TOOL]
-    assert factory.requests[0].prompt == prompt_of(engine)
+    assert factory.prompts[0] == prompt_of(engine)
 
 
 @async_test
