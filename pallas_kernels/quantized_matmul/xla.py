@@ -1,11 +1,11 @@
 """The product with packed weights as XLA dots.
 
-On a GPU XLA fuses the conversion of weights with one scale per output into its matrix product. On a CPU it never does:
-converted weights go to memory and back, several times the bytes of the packed ones. There, integer weights meet the
-activations' digits instead (`_by_digits`), on the instructions for products of 8-bit integers. Many rows with groups,
-and 8-bit floats, are converted, integers in chunks of outputs if they are too large for the caches. Conversions from
-8-bit floats are slow themselves and gain more from all threads than from caches: a loop's body has one thread for them
-(docs/measurements/quantized-matmul-cpu.md).
+On a GPU XLA fuses the conversion of weights with one scale per output into its matrix product. On a CPU it never
+does: converted weights go to memory and back, several times the bytes of the packed ones. There, integer weights meet
+the activations' digits instead (`_by_digits`), on the instructions for products of 8-bit integers. With groups only
+large weights do; others, and 8-bit floats, are converted, integers in chunks of outputs if they are too large for the
+caches. Conversions from 8-bit floats are slow themselves and gain more from all threads than from caches: a loop's
+body has one thread for them (docs/measurements/quantized-matmul-cpu.md).
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ def _weight_only(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
 
 
 def _weight_only_on_cpu(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
-    """float32[M, N]; see `_by_digits`, which groups make slower than chunks where there are many rows."""
+    """float32[M, N]; see `_by_digits`, which with groups pays for few rows of large weights only."""
     integers = jnp.issubdtype(weight.stored.dtype, jnp.integer)
-    if integers and (weight.group_size < 0 or x.shape[0] <= MOST_ROWS_IN_GROUPS):
+    pays = x.shape[0] <= MOST_ROWS_IN_GROUPS and weight.n * weight.k >= LEAST_CHUNKED
+    if integers and (weight.group_size < 0 or pays):
         return _by_digits(x, weight)
     x, stored = _after(x, weight.stored)
     return _in_chunks(x, replace(weight, stored=stored))

@@ -80,12 +80,12 @@ def test_chunks_of_outputs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """What large weights take on a CPU, on small ones."""
     case = replace(case, n=384 if case.n > 128 else 256)
     weight, x = case.weight(np.random.default_rng(6)), case.activations(np.random.default_rng(7), "bfloat16")
-    whole = xla.run(x, weight, jnp.float32)
+    whole = xla._weight_only(x, weight)
     assert xla.chunk_of(weight) == case.n
     monkeypatch.setattr(xla, "LEAST_CHUNKED", 0)
     monkeypatch.setattr(xla, "CHUNK", 128)
     assert xla.chunk_of(weight) == (case.n if "fp8" in case.kind else 128)
-    found = jax.jit(lambda x, w: xla.run(x, w, jnp.float32))(x, weight)
+    found = jax.jit(xla._in_chunks)(x, weight)
     np.testing.assert_allclose(found, whole, atol=3e-6 * np.abs(np.asarray(whole)).max())
 
 
@@ -248,6 +248,7 @@ def test_case_names_are_unique() -> None:
 def test_digits_are_as_exact_as_their_dtype(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, with magnitudes of one token far apart; and each token as if it were alone, bit for bit."""
     monkeypatch.setattr(xla, "MOST_ROWS_IN_GROUPS", 1 << 20)
+    monkeypatch.setattr(xla, "LEAST_CHUNKED", 0)
     rng = np.random.default_rng(8)
     weight, x = case.weight(rng), case.activations(rng, "float32") * 10.0 ** rng.uniform(-3, 1, case.k)
     x = jnp.concatenate([x, jnp.zeros_like(x[:1])]).astype(dtype)
