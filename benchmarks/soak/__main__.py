@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import random
 import shlex
-import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import IO
 
 import aiohttp
 
+from benchmarks.server_process import ServerProcess, descendants, rss_mib, server_process
 from benchmarks.soak.report import Soak, markdown, write
 from benchmarks.soak.traffic import Outcome, next_job, run_job
-from benchmarks.soak.watch import Sample, processes, read_metrics, rss_mib
+from benchmarks.soak.watch import Sample, read_metrics
 from serving.bench.machine import machine
 
-START_S = 300.0
 SETTLE_S = 20.0
-EXIT_S = 60.0
 ENGINE_FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "16", "--max-num-batched-tokens", "256")
 
 
@@ -56,19 +51,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _soak(args: argparse.Namespace) -> Soak:
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "server.log").open("wb") as log, _server(args, log) as (server, base_url):
+    with server_process(args.model, args.engine_flags, args.out / "server.log") as server:
         # Every client leaves connections behind at random, so none is kept for the next request.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            await _ready(session, base_url, server)
-            outcomes, samples = await _load(args, session, base_url, server)
-            after = await _settled(session, base_url, server)
-        server.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(EXIT_S)
-        exit_code = server.poll()
+            outcomes, samples = await _load(args, session, server)
+            after = await _settled(session, server)
+        exit_code = server.stop()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     facts = {
         "date": date.today().isoformat(),
@@ -82,70 +72,41 @@ async def _soak(args: argparse.Namespace) -> Soak:
     return Soak(outcomes, samples, after, exit_code, facts)
 
 
-@contextlib.contextmanager
-def _server(args: argparse.Namespace, log: IO[bytes]):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "serving.cli", "serve", args.model, "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen([*command, *args.engine_flags], stdout=log, stderr=subprocess.STDOUT)
-    try:
-        yield server, f"http://127.0.0.1:{port}"
-    finally:
-        if server.poll() is None:
-            server.kill()
-        server.wait()
-
-
-async def _ready(session: aiohttp.ClientSession, base_url: str, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise SystemExit(f"the server ended at its start with exit code {server.returncode}; see server.log")
-        with contextlib.suppress(aiohttp.ClientError):
-            async with session.get(f"{base_url}/health") as response:
-                if response.status == 200:
-                    return
-        await asyncio.sleep(0.5)
-    raise SystemExit(f"the server was not ready within {START_S:.0f} s; see server.log")
-
-
 async def _load(
-    args: argparse.Namespace, session: aiohttp.ClientSession, base_url: str, server: subprocess.Popen[bytes]
+    args: argparse.Namespace, session: aiohttp.ClientSession, server: ServerProcess
 ) -> tuple[list[Outcome], list[Sample]]:
     started = time.monotonic()
     end = started + 60 * args.minutes
-    async with session.get(f"{base_url}/v1/models") as response:
+    async with session.get(f"{server.base_url}/v1/models") as response:
         model = (await response.json())["data"][0]["id"]
     outcomes: list[Outcome] = []
 
     async def client(number: int) -> None:
         rng = random.Random(f"{args.seed}/{number}")
         while time.monotonic() < end:
-            outcomes.append(await run_job(session, base_url, next_job(rng, model)))
+            outcomes.append(await run_job(session, server.base_url, next_job(rng, model)))
 
     samples: list[Sample] = []
     clients = asyncio.gather(*(client(number) for number in range(args.concurrency)))
     while time.monotonic() < end:
         await asyncio.sleep(args.sample_s)
-        samples.append(await _sample(session, base_url, server, started))
+        samples.append(await _sample(session, server, started))
         print(f"\r{samples[-1].time_s:6.0f} s, {len(outcomes)} requests, {samples[-1].rss_mib:.0f} MiB", end="")
     print()
     await clients
     return outcomes, samples
 
 
-async def _sample(
-    session: aiohttp.ClientSession, base_url: str, server: subprocess.Popen[bytes], started: float
-) -> Sample:
-    values = await read_metrics(session, base_url)
-    return Sample(time.monotonic() - started, rss_mib(processes(server.pid)), values)
+async def _sample(session: aiohttp.ClientSession, server: ServerProcess, started: float) -> Sample:
+    values = await read_metrics(session, server.base_url)
+    return Sample(time.monotonic() - started, rss_mib(descendants(server.process.pid)), values)
 
 
-async def _settled(session: aiohttp.ClientSession, base_url: str, server: subprocess.Popen[bytes]) -> Sample:
+async def _settled(session: aiohttp.ClientSession, server: ServerProcess) -> Sample:
     """The server once nothing runs any more, or after `SETTLE_S`."""
     started = time.monotonic()
     while True:
-        sample = await _sample(session, base_url, server, started)
+        sample = await _sample(session, server, started)
         idle = sample.values["running"] == sample.values["waiting"] == 0
         if idle or sample.time_s > SETTLE_S:
             return sample

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import aiohttp
@@ -36,35 +34,6 @@ class Sample:
     time_s: float
     rss_mib: float
     values: dict[str, float]
-
-
-def processes(root: int) -> list[int]:
-    """A process and its descendants."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                # The name, in brackets, may itself hold brackets and spaces.
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            parents.setdefault(parent, []).append(int(entry.name))
-    found, todo = [], [root]
-    while todo:
-        found.append(todo.pop())
-        todo += parents.get(found[-1], [])
-    return found
-
-
-def rss_mib(pids: Sequence[int]) -> float:
-    """Resident memory of processes, in MiB; pages that they share count once each."""
-    pages = 0
-    for pid in pids:
-        try:
-            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        except OSError:
-            continue
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 async def read_metrics(session: aiohttp.ClientSession, base_url: str) -> dict[str, float]:

@@ -14,9 +14,10 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from benchmarks.server_process import cpu_s, descendants, rss_mib
 from benchmarks.soak.report import Soak, markdown, write
 from benchmarks.soak.traffic import Job, Outcome, next_job, run_job
-from benchmarks.soak.watch import Sample, grows, processes, read_metrics, rss_mib
+from benchmarks.soak.watch import Sample, grows, read_metrics
 
 QUIET = {"running": 0.0, "waiting": 0.0, "kv_usage": 0.0, "preemptions": 0.0, "generated": 9.0, "compiles": 0.0}
 FACTS = {
@@ -79,9 +80,10 @@ def test_written(tmp_path) -> None:
     assert (tmp_path / "memory.png").stat().st_size > 5000
 
 
-def test_own_memory() -> None:
-    assert os.getpid() in processes(os.getppid())
+def test_own_memory_and_time() -> None:
+    assert os.getpid() in descendants(os.getppid())
     assert rss_mib([os.getpid()]) > 20
+    assert 0 < cpu_s(os.getpid()) < 24 * 3600
 
 
 def test_mix_reaches_every_kind() -> None:
