@@ -173,7 +173,7 @@ def _build(config: EngineConfig) -> BuiltEngine:
         ledger=ledger,
         times=times,
         num_executables=len(executables),
-        implementations=chosen_implementations(),
+        implementations=_implementations(loaded),
         quantization=loaded.quantization,
         default_sampling=default_sampling,
         tokenizer_path=tokenizer_path,
@@ -196,6 +196,12 @@ def _tokenizer_path(config: ModelLoadConfig, files: ModelFiles, options: FetchOp
     if config.skip_tokenizer_init:
         return None
     return files.path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, options)
+
+
+def _implementations(loaded: LoadedModel) -> dict[str, str]:
+    """What runs each operation of this model. The choices are noted per process: another engine may have had others."""
+    chosen = chosen_implementations()
+    return chosen if loaded.quantization else {name: chosen[name] for name in chosen if name != "quantized_matmul"}
 
 
 def _make_grammars(tokenizer: Tokenizer | None, model: ModelConfig) -> GrammarCompiler | None:

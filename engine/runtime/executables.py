@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 import jax
@@ -30,7 +30,27 @@ from pallas_kernels.paged_attention import AttentionProblem
 
 DEFAULT_KERNELS = KernelConfig()
 TABLE_UPDATES = 1024  # block table entries per extra update call
+STATE = ("state",)
 Compiled = Callable[..., Any]
+
+
+def _lower(jitted: Any, *args: Any, donate: tuple[str, ...] = (), **static: Any) -> Any:
+    """Trace and lower a jitted function under a function object of its own.
+
+    JAX's caches keep an executable for as long as the function that it was compiled from lives: under the function of
+    the module that is for ever, and on a CPU each takes some fifty memory mappings, of which Linux grants a process
+    65,530. This one goes with its engine.
+
+    Args:
+        jitted: by `jax.jit`.
+        args: shapes and dtypes.
+        donate: names of arguments, as `jitted` has them.
+        static: arguments that are fixed.
+    """
+    function = jitted.__wrapped__
+    alone = update_wrapper(partial(function, **static), function)
+    del alone.__wrapped__  # its signature is without the static arguments
+    return jax.jit(alone, donate_argnames=donate).lower(*args)
 
 
 def _shapes(tree: Any) -> Any:
@@ -118,21 +138,21 @@ class ModelProgram:
         layout = self.layout(bucket)
         last_token = jax.ShapeDtypeStruct((self.limits.max_num_seqs + 1,), jnp.int32)
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        return forward.lower(_shapes(params), state, last_token, packed, model=self.model, layout=layout)
+        shapes = (_shapes(params), state, last_token, packed)
+        return _lower(forward, *shapes, donate=STATE, model=self.model, layout=layout)
 
     def lower_sample(self, num_seqs: int, variant: SamplerVariant) -> Any:
         """Trace and lower the sampling of so many sequences."""
         _, state = self.state_shapes()
         logits = jax.ShapeDtypeStruct((num_seqs, self.config.vocab_size), jnp.float32)
         sampling = jax.ShapeDtypeStruct((num_seqs, WIDTH), jnp.int32)
-        return sample_step.lower(logits, sampling, state, variant=variant)
+        return _lower(sample_step, logits, sampling, state, donate=STATE, variant=variant)
 
     def lower_mask(self, num_seqs: int) -> Any:
         """Trace and lower the grammar mask of so many sequences."""
         logits = jax.ShapeDtypeStruct((num_seqs, self.config.vocab_size), jnp.float32)
-        return mask_logits.lower(
-            logits, jax.ShapeDtypeStruct((num_seqs, mask_width(self.config.vocab_size)), jnp.int32)
-        )
+        mask = jax.ShapeDtypeStruct((num_seqs, mask_width(self.config.vocab_size)), jnp.int32)
+        return _lower(mask_logits, logits, mask, donate=("logits",))
 
     @property
     def largest(self) -> Bucket:
@@ -199,11 +219,11 @@ def compile_program(program: ModelProgram, params: Params, config: CompileConfig
         job(("mask", seqs), f"grammar masks of {seqs} sequences", partial(program.lower_mask, seqs))
     hidden = array((PROMPT_LOGPROB_ROWS, program.config.hidden_size), program.limits.dtype)
     targets = array((PROMPT_LOGPROB_ROWS,), jnp.int32)
-    job("score", "prompt scores", partial(score_prompt.lower, _shapes(params), hidden, targets, model=program.model))
+    job("score", "prompt scores", partial(_lower, score_prompt, _shapes(params), hidden, targets, model=program.model))
     ranges = array((POOL_ROWS, 2), jnp.int32)
     for tokens in sorted({b.num_tokens for b in buckets.all()}):
         states = array((tokens, program.config.hidden_size), program.limits.dtype)
-        job(("pool", tokens), f"pooling of {tokens} tokens", partial(pool_rows.lower, states, ranges))
+        job(("pool", tokens), f"pooling of {tokens} tokens", partial(_lower, pool_rows, states, ranges))
     updates = array((TABLE_UPDATES, UPDATE_WIDTH), jnp.int32)
-    job("update_tables", "block table updates", partial(update_tables.lower, forward_state, updates))
+    job("update_tables", "block table updates", partial(_lower, update_tables, forward_state, updates, donate=STATE))
     return Executables(compile_all(jobs, config, report))

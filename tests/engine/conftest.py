@@ -13,8 +13,11 @@ from tests.engine.helpers import SMALL, TINY, core_of, require_idle
 MakeEngine = Callable[..., Engine]
 
 
+MOST_ENGINES = 12  # each holds over a thousand memory mappings, of which Linux grants a process 65,530
+
+
 class EngineShelf:
-    """Builds engines on demand and keeps them."""
+    """Builds engines on demand and keeps those used last."""
 
     def __init__(self, cache_dir: str) -> None:
         self.cache_dir = cache_dir
@@ -23,10 +26,14 @@ class EngineShelf:
     def take(self, model: str = "llama", **settings: Any) -> Engine:
         """The engine of a tiny golden model with `SMALL` settings, changed by `settings`."""
         key = (model, *sorted(settings.items()))
-        if key not in self._engines:
+        engine = self._engines.pop(key, None)
+        if engine is None:
             every = {**SMALL, "compilation_cache_dir": self.cache_dir, **settings}
-            self._engines[key] = Engine(str(TINY / model), **every)
-        return self._engines[key]
+            engine = Engine(str(TINY / model), **every)
+        self._engines[key] = engine  # the last in order is the one used last
+        if len(self._engines) > MOST_ENGINES:
+            del self._engines[next(iter(self._engines))]
+        return engine
 
     def require_idle(self) -> None:
         """Prove that no test left a request behind; forgets the engine that fails, so that others are not blamed."""

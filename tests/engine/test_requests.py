@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -346,3 +348,21 @@ class TestEngineState:
         for call in (lambda: engine.generate([5]), lambda: next(stream), engine.metrics, lambda: engine.abort("req-0")):
             with pytest.raises(EngineDeadError, match="shut down"):
                 call()
+
+
+def test_shutdown_lets_go_of_the_executables(compilation_cache: str) -> None:
+    """On Linux an executable is memory mappings, and a process may have only so many."""
+
+    def mappings() -> int:
+        gc.collect()
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    settings = {**SMALL, "compilation_cache_dir": compilation_cache}
+    with Engine(str(TINY / "llama"), **settings):
+        pass  # what the process needs whichever engine comes first
+    before = mappings()
+    engine = Engine(str(TINY / "llama"), **settings)
+    held = mappings() - before
+    engine.shutdown()
+    left = mappings() - before
+    assert held > 200 and left < held / 10, (held, left)

@@ -90,7 +90,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "logprobs"),
     (CHAT, {"messages": HELLO, "tools": []}, "tools"),
     (CHAT, {"messages": HELLO, "tools": TOOLS}, "tool_choice"),
-    (CHAT, {"messages": HELLO, "tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+    (
+        CHAT,
+        {"messages": HELLO, "tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+        "tool_choice",
+    ),
     (CHAT, {"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
     (
         CHAT,
