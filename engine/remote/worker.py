@@ -198,7 +198,10 @@ def main() -> int:
     reader, sender = Reader(connection), Sender(connection)
     start = reader.first()
     logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s [engine]: %(message)s"
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s [engine]: %(message)s",
+        force=True,  # a library that was imported may have set up logging of its own
     )
     logging.getLogger("quire").setLevel(start.log_level)
     thread = threading.Thread(target=_run_reader, args=[reader], name="quire-reader", daemon=True)
