@@ -13,11 +13,11 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def chromium() -> str | None:
-    """The path of a Chromium of this machine. (`.ci/install-chromium` installs one on Debian.)"""
+    """The path of a Chromium of this machine. (`.ci/install-tools` installs one on Debian.)"""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
-needs_chromium = pytest.mark.skipif(chromium() is None, reason="no Chromium on the PATH; see .ci/install-chromium")
+needs_chromium = pytest.mark.skipif(chromium() is None, reason="no Chromium on the PATH; see .ci/install-tools")
 
 
 @contextlib.contextmanager
