@@ -293,6 +293,7 @@ class EngineCore:
         record = self._records[part.sequence.request.request_id]
         record.pooled = part.total if part.start == 0 or record.pooled is None else record.pooled + part.total
         if part.is_last:
+            self.stats.on_first_token(part.sequence)
             self._touch(record)
 
     def _commit_logprobs(self, sequence: Sequence, token: int, index: int, result: StepResult) -> None:
