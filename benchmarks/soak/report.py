@@ -93,7 +93,7 @@ def _plot(soak: Soak, file: Path) -> None:
     minutes = [s.time_s / 60 for s in soak.samples]
     memory.plot(minutes, [s.rss_mib for s in soak.samples], color="C0")
     memory.set_ylabel("resident memory, MiB")
-    memory.set_ylim(bottom=0)
+    memory.set_ylim(0, 1.2 * max(s.rss_mib for s in soak.samples))
     load.plot(minutes, [s.values["running"] for s in soak.samples], color="C1", label="running")
     load.plot(minutes, [s.values["waiting"] for s in soak.samples], color="C2", label="waiting")
     load.plot(minutes, [100 * s.values["kv_usage"] for s in soak.samples], color="C3", label="KV cache, %")
