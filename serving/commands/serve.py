@@ -8,10 +8,12 @@ import functools
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvloop
+from aiohttp import web
 
 from engine.client import EngineClient
 from engine.config import EngineConfig
@@ -25,7 +27,7 @@ from serving.http.parsers import make_factory
 from serving.http.routes import Route
 from serving.http.server import run_server
 from serving.http.settings import ServerSettings
-from serving.observability import ObservabilityConfig, observe
+from serving.observability import Observability, ObservabilityConfig, observe
 
 SUMMARY = "serve a model over HTTP, as OpenAI's API"
 
@@ -75,17 +77,41 @@ async def serve(
     """
     client = await create(model, process=settings.engine_process, **engine)
     try:
-        names = model_names(client, settings)
-        watching = observe(client, names[0], observability_of(settings))
+        served = compose(client, settings, template)
         try:
-            context = make_context(client, settings, observers=watching.observers, chat_template=template)
-            routes = (*ALL_ROUTES, *watching.routes)
-            app = make_app(context, routes, [watching.metrics.http.middleware])
-            await run_server(app, lambda url: announce(url, client, names, routes))
+            await run_server(served.app, lambda url: announce(url, client, served.names, served.routes))
         finally:
-            await asyncio.to_thread(watching.close)
+            await asyncio.to_thread(served.watching.close)
     finally:
         await client.close()
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that does not listen yet.
+
+    Attributes:
+        names: of the model.
+        watching: to be closed when the server has stopped.
+    """
+
+    app: web.Application
+    routes: Sequence[Route]
+    names: Sequence[str]
+    watching: Observability
+
+
+def compose(client: EngineClient, settings: ServerSettings, template: str | None = None) -> Served:
+    """Put the app of an engine together: endpoints, and what watches them.
+
+    Raises:
+        UsageError, ConfigError: a setting is wrong.
+    """
+    names = model_names(client, settings)
+    watching = observe(client, names[0], observability_of(settings))
+    context = make_context(client, settings, observers=watching.observers, chat_template=template)
+    routes = (*ALL_ROUTES, *watching.routes)
+    return Served(make_app(context, routes, [watching.metrics.http.middleware]), routes, names, watching)
 
 
 def observability_of(settings: ServerSettings) -> ObservabilityConfig:

@@ -13,12 +13,11 @@ import aiohttp
 import pytest
 import uvloop
 from openai import AsyncOpenAI
+from prometheus_client.parser import text_string_to_metric_families
 
 from engine.client import EngineClient
 from serving.backend import create_client
-from serving.endpoints import ALL_ROUTES
-from serving.http.app import make_app
-from serving.http.context import make_context
+from serving.commands.serve import compose
 from serving.http.server import HttpServer
 from serving.http.settings import ServerSettings
 from tests.engine.conftest import compilation_cache  # noqa: F401 - a fixture
@@ -32,12 +31,14 @@ async def live(tmp_path: Path, *, process: bool, model: str = str(MODEL), **sett
     """A server of a real engine: its URL and its engine."""
     every = {**SMALL, "compilation_cache_dir": str(tmp_path), **settings}
     engine = cast(EngineClient, await create_client(model, process=process, **every))
-    server = HttpServer(make_app(make_context(engine, ServerSettings(port=0)), ALL_ROUTES))
+    served = compose(engine, ServerSettings(port=0, request_log=False))
+    server = HttpServer(served.app)
     url = await server.start()
     try:
         yield url, engine
     finally:
         await server.stop()
+        served.watching.close()
         await engine.close()
 
 
@@ -72,6 +73,7 @@ async def _scenario(url: str, engine: EngineClient) -> None:
             await response.content.readline()
         async with session.get(url + "/health") as response:
             assert response.status == 200
+        await _look_inside(session, url)
 
     async def used() -> float:
         return (await engine.snapshot())["num_running"]
@@ -79,6 +81,29 @@ async def _scenario(url: str, engine: EngineClient) -> None:
     async with asyncio.timeout(10):
         while await used():
             await asyncio.sleep(0.01)
+
+
+async def _look_inside(session: aiohttp.ClientSession, url: str) -> None:
+    """Timeline and metrics of a request that the test knows."""
+    body = {"prompt": [5, 6, 7], "max_tokens": 5, "ignore_eos": True, "request_id": "look"}
+    async with session.post(url + "/v1/completions", json=body) as response:
+        name = (await response.json())["id"]
+    async with session.get(f"{url}/requests/{name}/timeline") as response:
+        timeline = await response.json()
+    assert timeline["status"] == "finished" and timeline["finish_reason"] == "length"
+    assert timeline["num_prompt_tokens"] == 3 and timeline["num_output_tokens"] == 5
+    steps = timeline["steps"]
+    assert steps[0]["num_prompt_tokens"] == 3 and sum(step["num_tokens"] for step in steps) == 7
+    async with session.get(f"{url}/requests/nobody/timeline") as response:
+        assert response.status == 404 and (await response.json())["error"]["param"] == "request_id"
+    async with session.get(url + "/metrics") as response:
+        text = await response.text()
+    samples = {
+        sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples
+    }
+    assert samples["quire:compiles_after_ready"] == 0 and samples["quire:engine_up"] == 1
+    assert samples["vllm:generation_tokens_total"] > 5 and samples["vllm:request_generation_tokens_count"] > 0
+    assert samples["quire:padded_tokens_total"] >= samples["quire:step_tokens_total"] > 0
 
 
 def test_a_tiny_model_in_a_thread(compilation_cache: str) -> None:  # noqa: F811
