@@ -261,7 +261,9 @@ def test_a_thousand_aborted_streams(engine: RemoteEngine, run: Run) -> None:
     async def scenario() -> None:
         before = (await engine.snapshot())["finished"].get("abort", 0)
         await asyncio.gather(*(one(i) for i in range(1000)), *(neighbour(i) for i in range(5)))
-        assert (await engine.snapshot())["finished"]["abort"] > before + 500
+        # A snapshot may come before the step that ends them.
+        while (await engine.snapshot())["finished"].get("abort", 0) <= before + 500:
+            await asyncio.sleep(0.01)
 
     run(scenario)
 
