@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from serving.endpoints import chat, completions, embeddings, health, models, page, steps, tokenize
+from serving.endpoints import chat, completions, embeddings, health, messages, models, page, steps, tokenize
 from serving.http.routes import Route
 
 ALL_ROUTES: tuple[Route, ...] = (
     *completions.ROUTES,
     *chat.ROUTES,
     *embeddings.ROUTES,
+    *messages.ROUTES,
     *models.ROUTES,
     *tokenize.ROUTES,
     *health.ROUTES,

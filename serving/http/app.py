@@ -51,7 +51,9 @@ class Gate:
     """Keys, origins, limits; and faults become answers."""
 
     def __init__(self, routes: Iterable[Route], keys: Sequence[str], origins: Sequence[str]) -> None:
+        routes = list(routes)
         self._open_paths = {route.path for route in routes if route.open}
+        self._fault_forms = {route.path: route.faults for route in routes if route.faults is not None}
         self._keys = [key.encode() for key in keys]
         self._origins = frozenset(origins)
 
@@ -86,7 +88,8 @@ class Gate:
         if request.method == "POST" and _is_refusal(error, fault.status):
             for observer in context_of(request).observers:
                 observer.on_rejected(_endpoint(request), fault.status, fault.message)
-        return json_response(fault)
+        form = self._fault_forms.get(_endpoint(request))
+        return json_response(fault, None if form is None else form.body(fault))
 
     # keys
 

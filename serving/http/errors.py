@@ -176,10 +176,13 @@ def _describe(fault: Any) -> str:
     return f"{place}: {fault['msg']}, got {shown}"
 
 
-def json_response(fault: Fault) -> web.Response:
-    """The whole answer to a fault."""
+def json_response(fault: Fault, body: bytes | None = None) -> web.Response:
+    """The whole answer to a fault; with another body where the API is not OpenAI's."""
     return web.Response(
-        body=fault.body(), status=fault.status, content_type="application/json", headers=dict(fault.headers)
+        body=fault.body() if body is None else body,
+        status=fault.status,
+        content_type="application/json",
+        headers=dict(fault.headers),
     )
 
 

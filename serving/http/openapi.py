@@ -43,7 +43,7 @@ def document(routes: Iterable[Route], root_path: str = "") -> dict[str, Any]:
     for route in routes:
         if route.request is not None:
             wanted[route.request, "validation"] = None
-        for body in (route.response, route.event):
+        for body in (route.response, route.event, None if route.faults is None else route.faults.schema):
             if body is not None:
                 wanted[body, "serialization"] = None
     refs, definitions = models_json_schema(list(wanted), ref_template=_REF)
@@ -66,10 +66,8 @@ def document(routes: Iterable[Route], root_path: str = "") -> dict[str, Any]:
 
 
 def _operation(route: Route, refs: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
-    fault = {
-        "description": "A fault.",
-        "content": {"application/json": {"schema": refs[ErrorBody, "serialization"]}},
-    }
+    fault_schema = refs[ErrorBody if route.faults is None else route.faults.schema, "serialization"]
+    fault = {"description": "A fault.", "content": {"application/json": {"schema": fault_schema}}}
     answer: dict[str, Any] = {}
     if route.response is not None:
         answer["application/json"] = {"schema": refs[route.response, "serialization"]}

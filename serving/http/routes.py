@@ -8,7 +8,22 @@ from dataclasses import dataclass
 from aiohttp import web
 from pydantic import BaseModel
 
+from serving.http.errors import Fault
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class FaultForm:
+    """How an API shows faults, if not as OpenAI's does.
+
+    Attributes:
+        schema: of the body.
+        body: makes it.
+    """
+
+    schema: type[BaseModel]
+    body: Callable[[Fault], bytes]
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,7 @@ class Route:
         request, response: schemas of the JSON bodies; None where there is none.
         streams: True if it may answer with server-sent events.
         open: True if it needs no API key.
+        faults: how faults are shown; None = as OpenAI's API does.
         event: schema of the JSON in each server-sent event; None where events have several forms, or there are none.
     """
 
@@ -34,3 +50,4 @@ class Route:
     streams: bool = False
     open: bool = False
     event: type[BaseModel] | None = None
+    faults: FaultForm | None = None

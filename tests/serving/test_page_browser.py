@@ -91,7 +91,8 @@ def test_stop_ends_the_answer_and_the_request(browser: Browser) -> None:
 def test_the_keyboard_alone_is_enough(browser: Browser) -> None:
     engine = FakeEngine(Script(answer="word " * 100, delay_s=0.02))
     with served(app_of(engine)) as url, page_of(browser, url) as page:
-        page.keyboard.type("first")  # the message has the focus from the start
+        expect(page.get_by_label("Message")).to_be_focused()  # from the start
+        page.keyboard.type("first")
         page.keyboard.press("Shift+Enter")
         page.keyboard.type("second")
         assert page.get_by_label("Message").input_value() == "first\nsecond"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from serving.endpoints import ALL_ROUTES
+from serving.observability import ObservabilityConfig, observe
 from tests.serving.fakes import FakeEngine, Script
 from tests.serving.threaded import Server
 
@@ -54,7 +55,12 @@ def test_the_openai_client(server: Server, capsys: pytest.CaptureFixture[str]) -
 def test_the_routes_of_the_documentation_exist() -> None:
     text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").partition("## Endpoints")[2].partition("\n## ")[0]
     told = set(re.findall(r"`(GET|POST|DELETE) ([^`]+)`", text))
-    served = {(route.method, route.path.replace("{id:.+}", "{id}")) for route in ALL_ROUTES}
+    watching = observe(FakeEngine(), "demo", ObservabilityConfig(log_requests=False)).routes
+    names = {"{id:.+}": "{id}", "{request_id}": "{id}"}
+    served = {
+        (route.method, re.sub(r"\{.*?\}", lambda match: names[match[0]], route.path))
+        for route in (*ALL_ROUTES, *watching)
+    }
     assert len(told) > 8
     assert told - {("GET", "/openapi.json")} <= served, "what is told is there"
     assert ("POST", "/v1/completions") in told and ("POST", "/v1/chat/completions") in told
