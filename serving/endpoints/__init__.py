@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serving.endpoints import chat, completions, embeddings, health, messages, models, page, steps, tokenize
+from serving.endpoints import chat, completions, embeddings, health, messages, models, page, responses, steps, tokenize
 from serving.http.routes import Route
 
 ALL_ROUTES: tuple[Route, ...] = (
@@ -10,6 +10,7 @@ ALL_ROUTES: tuple[Route, ...] = (
     *chat.ROUTES,
     *embeddings.ROUTES,
     *messages.ROUTES,
+    *responses.ROUTES,
     *models.ROUTES,
     *tokenize.ROUTES,
     *health.ROUTES,

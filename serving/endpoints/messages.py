@@ -16,8 +16,8 @@ from serving.endpoints.chat import PreparedChat, prepare_chat
 from serving.endpoints.messages_input import chat_request
 from serving.http.body import read_body
 from serving.http.context import context_of
-from serving.http.errors import RETRY_AFTER, ApiError, Fault
-from serving.http.generation import final_output, generate
+from serving.http.errors import Fault
+from serving.http.generation import final_output, generate, require_whole
 from serving.http.reply import reply
 from serving.http.routes import FaultForm, Route
 from serving.http.sse import send_events
@@ -82,7 +82,7 @@ class MessageAnswer:
             ApiError: it was aborted.
         """
         [completion] = output.outputs
-        _check_end(completion)
+        require_whole(completion)
         self._feed(completion)
         return {
             **self._envelope(output, len(completion.token_ids)),
@@ -102,7 +102,7 @@ class MessageAnswer:
                     message = self._envelope(output, num_tokens) | {"content": [], **self._stop(None)}
                     yield _json_event("message_start", message=message)
                     yield _json_event("ping")
-                _check_end(completion)
+                require_whole(completion)
                 for event in self._feed(completion):
                     yield _block_event(event)
                 if completion.finished:
@@ -138,14 +138,6 @@ class MessageAnswer:
         if isinstance(completion.stop_reason, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": completion.stop_reason}
         return {"stop_reason": "tool_use" if self._blocks.has_calls else "end_turn", "stop_sequence": None}
-
-
-def _check_end(completion: CompletionOutput) -> None:
-    """Raises:
-    ApiError: the server ended the request.
-    """
-    if completion.finish_reason == "abort":
-        raise ApiError(503, "The request was aborted: the server shuts down.", headers=RETRY_AFTER)
 
 
 def _usage(output: RequestOutput, num_tokens: int) -> dict[str, int]:

@@ -20,7 +20,7 @@ from engine.outputs import CompletionOutput, EmbeddingOutput, RequestOutput
 from engine.pooling import Pooling
 from engine.sampling_params import SamplingParams
 from serving.http.context import ServerContext
-from serving.http.errors import CLIENT_GONE, ApiError, fault_of
+from serving.http.errors import CLIENT_GONE, RETRY_AFTER, ApiError, fault_of
 from serving.http.observer import RequestEnd, RequestStart
 
 logger = logging.getLogger("quire.serving")
@@ -311,6 +311,16 @@ async def merged(context: ServerContext, jobs: Sequence[Job]) -> AsyncGenerator[
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def require_whole(completion: CompletionOutput) -> None:
+    """For APIs that have no word for an answer that the server ended.
+
+    Raises:
+        ApiError: it was aborted.
+    """
+    if completion.finish_reason == "abort":
+        raise ApiError(503, "The request was aborted: the server shuts down.", headers=RETRY_AFTER)
 
 
 def _first_of(group: BaseExceptionGroup) -> BaseException:
