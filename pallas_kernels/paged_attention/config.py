@@ -75,7 +75,7 @@ def smem_bytes(config: AttentionConfig, problem: AttentionProblem) -> int:
     if problem.kv_dtype in QUANTIZED:
         buffers += [2 * block * dim * wide, *(stages * block // problem.page_size * 128, block * 4) * 2]
     if config.max_splits > 1:
-        buffers += [WARPGROUP_ROWS * columns_at_a_time(dim) * 4, WARPGROUP_ROWS * 4]
+        buffers += [WARPGROUP_ROWS * columns_at_a_time(dim) * 4, WARPGROUP_ROWS * 32]
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in buffers) + RESERVED_BYTES
 
 

@@ -1,11 +1,10 @@
 """Paged attention for Hopper: what runs around the kernel of `pallas_mosaic_kernel`, and what it can run.
 
-Queries are packed as the plan says, the kernel attends, results are unpacked; the splits of a row are summed meanwhile.
+Queries are packed as the plan says, the kernel attends, a second one adds the splits of contexts, results are unpacked.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,10 +15,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.device import current_device
 from pallas_kernels.kv_layout import QUANTIZED, Pages
-from pallas_kernels.mosaic import MASKED, SMEM_LIMIT, Hopper, swizzle_of
-from pallas_kernels.paged_attention.config import WARPGROUP_ROWS, AttentionConfig, heuristic, resolve, smem_bytes
+from pallas_kernels.mosaic import SMEM_LIMIT, Hopper, swizzle_of
+from pallas_kernels.paged_attention.config import AttentionConfig, heuristic, resolve, smem_bytes
 from pallas_kernels.paged_attention.mosaic_plan import Plan, make_plan
 from pallas_kernels.paged_attention.pallas_mosaic_kernel import Kernel
+from pallas_kernels.paged_attention.pallas_mosaic_merge import BLOCKS_PER_CORE, Merge
 from pallas_kernels.paged_attention.problem import AttentionProblem
 from pallas_kernels.ragged import RaggedBatch
 
@@ -51,32 +51,18 @@ def supports(problem: AttentionProblem) -> str | None:
     return None
 
 
-def _combine(partials: jax.Array, lse: jax.Array, plan: Plan, window: int | None, group: int) -> jax.Array:
-    """float32[T, K, G, D]: the splits of each row, weighted, one after the other.
-
-    Sums are written out: a reduction's order would be XLA's choice, anew for every shape of a step. Splits that a row
-    lacks read its last one again, which lies in the cache.
-    """
-    if window is None:
-        first = jnp.zeros_like(plan.token_first)
-    else:  # splits before the window were not written
-        first = jnp.maximum(plan.token_first - (window - 1), 0) // (plan.split_blocks * plan.config.kv_block)
-    last = jnp.maximum(plan.token_splits - 1, 0)
-    heads = jnp.arange(group, dtype=jnp.int32)
-    logs, rows = [], []
-    for split in range(plan.max_splits):
-        there = jnp.clip(split, jnp.minimum(first, last), last)
-        rows.append((plan.token_partial + there * plan.token_stride)[:, None] + heads)  # [T, G]
-        log = ((plan.token_item + there) * WARPGROUP_ROWS + plan.token_in_tile)[:, None] + heads
-        used = (split >= first) & (split <= last)
-        logs.append(jnp.where(used[:, None, None], lse[:, log].transpose(1, 0, 2), MASKED))  # [T, K, G]
-    top = functools.reduce(jnp.maximum, logs)
-    weights = [jnp.exp2(log - top) for log in logs]
-    total = functools.reduce(jnp.add, weights)
-    acc = jnp.zeros((), jnp.float32)
-    for weight, row in zip(weights, rows, strict=True):
-        acc = acc + (weight / total)[..., None] * partials[row].transpose(0, 2, 1, 3)
-    return acc
+def _merge_of(kernel: Kernel) -> Merge:
+    """What adds the splits that a kernel made."""
+    blocks = 1 if kernel.ops.simulate else BLOCKS_PER_CORE
+    return Merge(
+        num_kv_heads=kernel.problem.num_kv_heads,
+        head_dim=kernel.problem.head_dim,
+        dtype=kernel.problem.dtype,
+        window=kernel.window,
+        kv_block=kernel.config.kv_block,
+        num_ctas=kernel.num_ctas * blocks,
+        ops=kernel.ops,
+    )
 
 
 @partial(jax.jit, static_argnames=("kernel",))
@@ -88,11 +74,15 @@ def _run(q: jax.Array, pages: Pages, plan: Plan, sinks: jax.Array | None, *, ker
     source = (plan.row_token[:, None] * kv_heads + head) * group + plan.row_head[:, None]  # [R, K]
     packed = q.reshape(-1, dim)[source]
     out, *partials = kernel(packed, pages, plan, sinks)
-    row = plan.token_row[:, None, None] + jnp.arange(group, dtype=jnp.int32)
+    in_group = jnp.arange(group, dtype=jnp.int32)
+    row = plan.token_row[:, None, None] + in_group
     result = out.reshape(-1, dim)[row * kv_heads + head[:, None]]  # [T, K, G, D]
     if partials:
-        combined = _combine(partials[0], partials[1], plan, kernel.window, group).astype(q.dtype)
-        result = jnp.where((plan.token_splits > 0)[:, None, None, None], combined, result)
+        sums, logs = partials
+        merged = _merge_of(kernel)(sums, logs, plan)
+        row = jnp.maximum(plan.token_merged, 0)[:, None, None] + in_group
+        added = merged.reshape(-1, merged.shape[2])[row + head[:, None] * merged.shape[1], :dim]
+        result = jnp.where((plan.token_merged >= 0)[:, None, None, None], added, result)
     result = jnp.where(plan.live[:, None, None, None], result, 0)
     return result.reshape(num_tokens, heads, dim)
 
@@ -134,7 +124,7 @@ def run(
         window=window,
         soft_cap=soft_cap,
         has_sinks=sinks is not None,
-        splits=plan.max_splits > 1,
+        splits=plan.partial_rows > 0,
         num_ctas=current_device().num_cores,
         ops=Hopper(simulate),
     )

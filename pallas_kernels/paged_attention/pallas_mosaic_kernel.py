@@ -32,6 +32,7 @@ from pallas_kernels.mosaic import LOG2E, MASKED, ROWS_OF_TILE, Hopper, compiler_
 from pallas_kernels.paged_attention import mosaic_plan as columns
 from pallas_kernels.paged_attention.config import WARPGROUP_ROWS, AttentionConfig, columns_at_a_time
 from pallas_kernels.paged_attention.mosaic_plan import Plan
+from pallas_kernels.paged_attention.pallas_mosaic_merge import PIECES, stored_columns
 from pallas_kernels.paged_attention.problem import AttentionProblem
 
 SCALE_LINE = 32  # float32 of 128 bytes
@@ -68,10 +69,10 @@ class Refs(NamedTuple):
     v_free: Any
     v_clean: Any = None  # two warpgroups: the first has cleaned the values
     sinks: Any = None  # float32[K, G + 64 W], periodic
-    partial: Any = None  # float32[X, K, D]
-    lse: Any = None  # float32[K, I * 64], base 2
+    partial: Any = None  # float32[K, X, D'], see `pallas_mosaic_merge`
+    lse: Any = None  # float32[K, X, 8], base 2, equal along the last axis
     partial_smem: Any = None  # float32[64, columns]
-    lse_smem: Any = None  # float32[64]
+    lse_smem: Any = None  # float32[64, 8]
     scales: Any = None  # float32[N*2*K, P], and all that follows: quantized pages
     narrow_k: Any = None  # [stages, C, D]
     narrow_v: Any = None
@@ -377,19 +378,19 @@ class Kernel:
     ) -> None:
         """All blocks of a task for this warpgroup's rows, and their results."""
         ops, dim = self.ops, self.problem.head_dim
-        row_layout = plgpu.Layout.WGMMA.reduce(1)
         offset = refs.items[task.item, columns.OFFSET] + warpgroup * WARPGROUP_ROWS
         position = task.position
         last = refs.items[task.item, columns.LAST]
         low_position = position + lax.div(offset, i32(self.group))
         high_position = jnp.minimum(position + lax.div(offset + (WARPGROUP_ROWS - 1), i32(self.group)), last)
 
-        top = ops.cast(jnp.full((WARPGROUP_ROWS,), MASKED, jnp.float32), row_layout)
-        total = ops.cast(jnp.full((WARPGROUP_ROWS,), 0.0, jnp.float32), row_layout)
+        top, total = self._row_of(MASKED), self._row_of(0.0)
         if self.has_sinks:
             # A sink is a score that has been seen, once: by the last split.
             period = lax.rem(offset, i32(self.group))
-            sinks = ops.load(refs.sinks.at[task.head, pl.ds(period, WARPGROUP_ROWS)], row_layout, optimized=False)
+            sinks = ops.load(
+                refs.sinks.at[task.head, pl.ds(period, WARPGROUP_ROWS)], plgpu.Layout.WGMMA.reduce(1), optimized=False
+            )
             final = (refs.items[task.item, columns.FINAL]).astype(jnp.float32)
             top = jnp.maximum(sinks * LOG2E * final + (1.0 - final) * MASKED, top)
             total = total + final
@@ -408,7 +409,6 @@ class Kernel:
             carry = lax.fori_loop(task.low, edge_end, partial(step, masked=True), carry)
         carry = lax.fori_loop(edge_end, full_end, partial(step, masked=False), carry)
         acc, top, total = lax.fori_loop(full_end, task.high, partial(step, masked=True), carry)
-
         result = acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])
         if not self.splits:
             self._write_final(refs, task, warpgroup, queries, rows, result)
@@ -422,6 +422,10 @@ class Kernel:
         @pl.when(jnp.logical_not(is_partial))
         def _final() -> None:
             self._write_final(refs, task, warpgroup, queries, rows, result)
+
+    def _row_of(self, value: float) -> jax.Array:
+        """float32[64], one per row."""
+        return self.ops.cast(jnp.full((WARPGROUP_ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
     def _block(
         self,
@@ -537,13 +541,9 @@ class Kernel:
 
         self._copy_rows(rows, copy)
 
-    def _write_partial(self, refs: Refs, task: Task, rows: jax.Array, result: jax.Array, lse: jax.Array) -> None:
-        # Whole, to 64 numbers of the item's own: TMA reads from multiples of 128 bytes on, so not from any eighth row.
-        refs.lse_smem[...] = lse
-        plgpu.commit_smem()
-        own = pl.ds(task.item * WARPGROUP_ROWS, WARPGROUP_ROWS)
-        plgpu.copy_smem_to_gmem(refs.lse_smem, refs.lse.at[task.head, own])
+    def _write_partial(self, refs: Refs, task: Task, rows: jax.Array, result: jax.Array, log: jax.Array) -> None:
         row = refs.items[task.item, columns.PARTIAL]
+        refs.lse_smem[...] = lax.broadcast_in_dim(log, (WARPGROUP_ROWS, PIECES), [0])
         width = columns_at_a_time(self.problem.head_dim)
         for column in range(0, self.problem.head_dim, width):
             if column:
@@ -553,8 +553,10 @@ class Kernel:
 
             def copy(first: int, size: int, column: int = column) -> None:
                 source, target = pl.ds(first, size), _eights(row + first, size)
+                if column == 0:
+                    plgpu.copy_smem_to_gmem(refs.lse_smem.at[source], refs.lse.at[task.head, target])
                 plgpu.copy_smem_to_gmem(
-                    refs.partial_smem.at[source], refs.partial.at[target, task.head, pl.ds(column, width)]
+                    refs.partial_smem.at[source], refs.partial.at[task.head, target, pl.ds(column, width)]
                 )
 
             self._copy_rows(rows, copy)
@@ -628,7 +630,9 @@ class Kernel:
             kinds["partial_smem"] = plgpu.SMEM(
                 (WARPGROUP_ROWS, width), jnp.float32, transforms=mma_transforms(width, jnp.float32)
             )
-            kinds["lse_smem"] = plgpu.SMEM((WARPGROUP_ROWS,), jnp.float32)
+            kinds["lse_smem"] = plgpu.SMEM(
+                (WARPGROUP_ROWS, PIECES), jnp.float32, transforms=mma_transforms(PIECES, jnp.float32)
+            )
         if self.is_quantized:
             narrow = mma_transforms(dim, self.problem.kv_dtype)
             for name in ("k", "v"):
@@ -650,7 +654,7 @@ class Kernel:
             sinks: [H] or None.
 
         Returns:
-            [R, K, D] final results, and if contexts are split float32[X, K, D] partial ones and float32[K, I * 64] the
+            [R, K, D] final results, and if contexts are split float32[K, X, D'] partial ones and float32[K, X, 8] the
             logarithms (base 2) of their sums. Rows that no item has are not written.
         """
         data = pages.data
@@ -670,8 +674,9 @@ class Kernel:
         outputs = {"out": jax.ShapeDtypeStruct(q.shape, q.dtype)}
         if self.splits:
             kv_heads, dim = q.shape[1:]
-            outputs["partial"] = jax.ShapeDtypeStruct((plan.partial_rows, kv_heads, dim), jnp.float32)
-            outputs["lse"] = jax.ShapeDtypeStruct((kv_heads, plan.items.shape[0] * WARPGROUP_ROWS), jnp.float32)
+            shape = (kv_heads, plan.partial_rows)
+            outputs["partial"] = jax.ShapeDtypeStruct((*shape, stored_columns(dim)), jnp.float32)
+            outputs["lse"] = jax.ShapeDtypeStruct((*shape, PIECES), jnp.float32)
         scratch = self.scratch()
         names = (*inputs, *outputs, *scratch)
 

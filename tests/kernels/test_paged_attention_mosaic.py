@@ -17,9 +17,18 @@ import pytest
 from pallas_kernels.device import H200
 from pallas_kernels.kv_layout import Pages
 from pallas_kernels.mosaic import SMEM_LIMIT
-from pallas_kernels.paged_attention import OP, AttentionProblem, pallas_mosaic_gpu, pallas_mosaic_kernel, reference
+from pallas_kernels.paged_attention import (
+    OP,
+    AttentionProblem,
+    pallas_mosaic_gpu,
+    pallas_mosaic_kernel,
+    pallas_mosaic_merge,
+    reference,
+)
 from pallas_kernels.paged_attention.cases import GPU_CASES, TINY_CASES, Case
 from pallas_kernels.paged_attention.config import AttentionConfig, heuristic, key, search_space, smem_bytes
+from pallas_kernels.paged_attention.mosaic_plan import MERGE_SPLITS
+from pallas_kernels.paged_attention.pallas_mosaic_merge import Merge
 from pallas_kernels.ragged import RaggedBatch
 from tests.kernels.attention_inputs import TOLERANCE, make_inputs, problem_of, sinks_of, widened
 from tests.kernels.simulated import SimulationError, simulated
@@ -95,6 +104,28 @@ def test_head_dims(head_dim: int, kv_dtype: str) -> None:
     simulated(compare, case, "bfloat16", kv_dtype, ONE)
 
 
+@pytest.mark.parametrize("window", [None, 100])
+def test_more_splits_than_are_merged_at_a_time(window: int | None) -> None:
+    """By the second kernel; with a window whose rows need none of the first splits."""
+    config = replace(ONE, max_splits=8)
+    case = Case("long", (1, 3, 1), (460, 330, 60), window=window, num_heads=4, num_kv_heads=1)
+    assert -(-case.context_lens[0] // config.split_tokens) > pallas_mosaic_merge.AT_A_TIME
+    simulated(compare, case, "bfloat16", "bfloat16", config, num_kernels=2)
+
+
+def merges_of(case: Case, config: AttentionConfig) -> tuple[int, list[int]]:
+    """How many merges a step has, and which of its tokens have one."""
+    q, pages, batch = make_inputs(case, "bfloat16", seed=1)
+    plan = pallas_mosaic_gpu.plan(batch, case.padded_tokens, problem_of(case, SIMULATED, q, pages), config=config)
+    return int(plan.merge_count[0]), [token for token, row in enumerate(plan.token_merged) if row >= 0]
+
+
+def test_only_contexts_of_several_splits_are_merged() -> None:
+    case = Case("mixed", (1, 2, 20, 1), (64, 200, 200, 65), num_heads=6, num_kv_heads=1, num_tokens=32, num_seqs=8)
+    assert merges_of(case, ONE) == (2 + 1, [1, 2, 23])  # 12 rows, 6 rows; one split, or a prompt: none
+    assert merges_of(case, WHOLE) == (0, [])
+
+
 def rows_with_and_without_mates(config: AttentionConfig, other: AttentionConfig) -> tuple[np.ndarray, np.ndarray]:
     """The first sequence's row among decode rows, and with a prompt in a step of another kind."""
     common = {"num_heads": 4, "num_kv_heads": 1}
@@ -158,6 +189,11 @@ class DirtyValues(pallas_mosaic_kernel.Kernel):
         pass
 
 
+class LastSplitForgotten(Merge):
+    def __call__(self, partial: jax.Array, lse: jax.Array, plan: Any) -> jax.Array:
+        return super().__call__(partial, lse, replace(plan, merges=plan.merges.at[:, MERGE_SPLITS].add(-1)))
+
+
 class WithoutWait(pallas_mosaic_kernel.Kernel):
     def _block(self, *args: Any, **kwargs: Any) -> Any:
         words: Any = pallas_mosaic_kernel.plgpu
@@ -190,6 +226,7 @@ def faulty(fault: str) -> Iterator[None]:
     with (
         mock.patch.object(pallas_mosaic_kernel, "plgpu", words.get(fault, original)),
         mock.patch.object(pallas_mosaic_gpu, "Kernel", kernels.get(fault, pallas_mosaic_kernel.Kernel)),
+        mock.patch.object(pallas_mosaic_gpu, "Merge", LastSplitForgotten if fault == "merge" else Merge),
     ):
         yield
 
@@ -199,7 +236,9 @@ def compare_faulty(fault: str, case: Case, config: AttentionConfig) -> None:
         compare(case, "bfloat16", "bfloat16", config)
 
 
-@pytest.mark.parametrize(("fault", "name"), [("dirty values", "decode"), ("mask", "prefill"), ("mask", "drafts")])
+@pytest.mark.parametrize(
+    ("fault", "name"), [("dirty values", "decode"), ("mask", "prefill"), ("mask", "drafts"), ("merge", "decode")]
+)
 def test_wrong_numbers_are_seen(fault: str, name: str) -> None:
     with pytest.raises(SimulationError, match="Not equal to tolerance|nan"):
         simulated(compare_faulty, fault, BY_NAME[name], ONE)
