@@ -160,12 +160,14 @@ def _content(block: Block, *, complete: bool) -> dict[str, Any]:
 
 
 def _input(arguments: str) -> dict[str, Any]:
-    """The arguments of a call as an object; of a call that was cut, as much of them as came."""
+    """The arguments of a call as an object; of a call that was cut, as much of them as came. What is no JSON object is
+    shown as it is: a client must not run a tool with less than the model said.
+    """
     try:
         value = from_json(arguments, allow_partial=True) if arguments.strip() else {}
     except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        value = None
+    return value if isinstance(value, dict) else {"INVALID_JSON": arguments}
 
 
 def _block_event(event: BlockEvent) -> bytes:

@@ -33,7 +33,8 @@ def chat_request(body: MessagesInput) -> ChatRequest:
     if body.system is not None:
         messages.append({"role": "system", "content": _text(body.system)})
     for number, message in enumerate(body.messages):
-        messages += _messages(message, f"messages.{number}")
+        for part in _messages(message, f"messages.{number}"):
+            _append(messages, part)
     made: dict[str, Any] = {"model": body.model, "messages": messages}
     if messages[-1]["role"] == "assistant":
         if "tool_calls" in messages[-1]:
@@ -89,6 +90,8 @@ def _tools(body: MessagesInput) -> dict[str, Any]:
 
 
 def _tool(tool: ClientTool) -> dict[str, Any]:
+    if tool.input_schema.get("type", "object") != "object":
+        raise InvalidRequestError(f"tools: the input_schema of {tool.name!r} must be of type 'object'.", "tools")
     function = {"name": tool.name, "parameters": tool.input_schema}
     if tool.description is not None:
         function["description"] = tool.description
@@ -100,6 +103,14 @@ def _messages(message: InputMessage, place: str) -> list[dict[str, Any]]:
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     return _assistant(message, place) if message.role == "assistant" else _user(message, place)
+
+
+def _append(messages: list[dict[str, Any]], part: dict[str, Any]) -> None:
+    """Add a message. Turns of the user in a row are one, as in the API: many templates want the roles to alternate."""
+    if messages and part["role"] == "user" == messages[-1]["role"]:
+        messages[-1]["content"] += "\n" + part["content"]
+    else:
+        messages.append(part)
 
 
 def _user(message: InputMessage, place: str) -> list[dict[str, Any]]:

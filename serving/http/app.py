@@ -88,7 +88,7 @@ class Gate:
         if request.method == "POST" and _is_refusal(error, fault.status):
             for observer in context_of(request).observers:
                 observer.on_rejected(_endpoint(request), fault.status, fault.message)
-        form = self._fault_forms.get(_endpoint(request))
+        form = self._fault_forms.get(request.path)
         return json_response(fault, None if form is None else form.body(fault))
 
     # keys

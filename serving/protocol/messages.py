@@ -57,12 +57,16 @@ class InputMessage(_Part):
 
 
 class ClientTool(_Part):
-    """A tool that the client runs; `input_schema` is JSON Schema."""
+    """A tool that the client runs; `input_schema` is JSON Schema of an object. A call is held to it where the
+    tool_choice forces one.
+    """
 
     type: Literal["custom"] | None = None
     name: str
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: Literal[False] | None = None
+    defer_loading: Literal[False] | None = None
 
 
 class ToolChoice(_Part):
@@ -91,6 +95,9 @@ class MessagesInput(RequestBody):
         "context_management": Missing("edit the messages."),
         "service_tier": Missing("there is one tier.", ("auto", "standard_only")),
         "inference_geo": Missing("there is one place."),
+        "speed": Missing("there is one speed.", ("standard",)),
+        "diagnostics": Missing("see /requests/{id}/timeline.", (False,)),
+        "output_format": Missing("use tools with a tool_choice, or response_format of /v1/chat/completions."),
         "output_config": Missing("use tools with a tool_choice, or response_format of /v1/chat/completions."),
     }
 

@@ -164,6 +164,24 @@ async def test_a_conversation_with_tools_reaches_the_template() -> None:
 
 
 @async_test
+async def test_a_broken_call_is_shown_as_it_is() -> None:
+    broken = '<tool_call>{"name": "add", "arguments": {"a": 1, oops}}</tool_call>'
+    async with serving(FakeEngine(Script(answer=broken)), **OPTIONS) as (client, _):
+        _, answer = await post(client, {"tools": [TOOL]})
+    calls = [block for block in answer["content"] if block["type"] == "tool_use"]
+    assert all("oops" in call["input"]["INVALID_JSON"] for call in calls)
+    assert calls or "oops" in answer["content"][0]["text"]
+
+
+@async_test
+async def test_turns_in_a_row_are_joined() -> None:
+    async with serving(FakeEngine(Script(answer="ok")), served_model_name=["m"]) as (client, engine):
+        await post(client, {"messages": [*HELLO, {"role": "user", "content": "again"}]})
+        await post(client, {"messages": [{"role": "user", "content": "hello\nagain"}]})
+    assert engine.seen[0][1]["prompt"] == engine.seen[1][1]["prompt"]
+
+
+@async_test
 async def test_choices() -> None:
     engine = FakeEngine(Script(answer='[{"name": "add", "parameters": {"a": 3}}]'))
     async with serving(engine, served_model_name=["m"]) as (client, _):
@@ -200,6 +218,9 @@ async def test_choices() -> None:
         ({"temperature": 9}, 400, "invalid_request_error"),
         ({"mcp_servers": [{"url": "x"}]}, 400, "invalid_request_error"),
         ({"container": "x"}, 400, "invalid_request_error"),
+        ({"speed": "fast"}, 400, "invalid_request_error"),
+        ({"tools": [TOOL | {"strict": True}], "tool_choice": {"type": "any"}}, 400, "invalid_request_error"),
+        ({"tools": [TOOL | {"input_schema": {"type": "string"}}], "tool_choice": {"type": "any"}}, 400, "invalid_req"),
     ],
 )
 @async_test
@@ -218,6 +239,8 @@ async def test_the_gate_speaks_the_same_language() -> None:
         assert status == 401 and body["error"]["type"] == "authentication_error"
         status, _ = await post(client, {}, **{"x-api-key": "k"})
         assert status == 200
+        async with client.get("/v1/messages", headers={"x-api-key": "k"}) as response:
+            assert response.status == 405 and (await response.json())["type"] == "error"
         async with client.post("/v1/completions", json={}) as response:
             assert set((await response.json())["error"]) == {"message", "type", "param", "code"}, (
                 "OpenAI's stays its own"
