@@ -11,10 +11,10 @@ from models.functional import call_shared
 from models.inputs import ForwardInputs
 from models.layers.attention import Attention, StepContext
 from models.layers.basic import GatedMlp, RMSNorm
+from models.layers.product import Weight, product_with_rows
 from models.layers.rope import cos_sin
 from pallas_kernels.kv_layout import Pages
 from pallas_kernels.kv_write import slots_of
-from pallas_kernels.matmul import matmul
 from pallas_kernels.paged_attention import AttentionProblem, plan_attention
 
 
@@ -40,7 +40,7 @@ class Table(nnx.Module):
     """A `[V, E]` matrix: embedding table and head."""
 
     def __init__(self, num_rows: int, size: int, *, dtype: str) -> None:
-        self.weight = nnx.Param(jnp.zeros((num_rows, size), dtype))
+        self.weight: nnx.Param[Weight] = nnx.Param(jnp.zeros((num_rows, size), dtype))
 
 
 class Decoder(nnx.Module):
@@ -60,6 +60,7 @@ class Decoder(nnx.Module):
         self.head = None if config.tie_word_embeddings else Table(config.vocab_size, config.hidden_size, dtype=dtype)
         self.config = config
         self.problem = problem
+        self.matmul = matmul
 
     def __call__(self, inputs: ForwardInputs, cache: tuple[Pages, ...]) -> tuple[jax.Array, tuple[Pages, ...]]:
         """Run one ragged batch.
@@ -89,4 +90,4 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[S, E] -> float32[S, V]."""
         table = self.embed if self.head is None else self.head
-        return matmul(hidden, table.weight[...], transposed=True, out_dtype=jnp.float32)
+        return product_with_rows(hidden, table.weight.get_value(), jnp.float32, self.matmul)

@@ -16,7 +16,6 @@ from models.families.fields import (
     optional_integer,
     refuse,
     strings,
-    table,
     text,
 )
 from models.families.rope import parse_rope
@@ -67,7 +66,6 @@ def common_config(raw: RawConfig, generation: RawConfig, family: str, defaults: 
     Raises:
         UnsupportedModelError: a field is missing, out of range, or asks for something that is not supported.
     """
-    _refuse_quantized(raw)
     hidden, heads = integer(raw, "hidden_size"), integer(raw, "num_attention_heads")
     kv_heads = integer(raw, "num_key_value_heads", default=heads)
     if heads % kv_heads:
@@ -122,16 +120,6 @@ def layer_windows(raw: RawConfig, default: tuple[int | None, ...], window: int |
             "config.json: layer_types has sliding_attention, but there is no sliding window in use."
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
-def _refuse_quantized(raw: RawConfig) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if key in raw and raw[key] is not None:
-            method = text(table(raw, key), "quant_method", "of an unnamed method")
-            raise UnsupportedModelError(
-                f"This checkpoint is quantized ({method}): quantized checkpoints are not supported yet. "
-                f"Use the model's original checkpoint in {', '.join(DTYPES)}, or a GGUF file."
-            )
 
 
 def _dtype(raw: RawConfig) -> str:

@@ -11,13 +11,22 @@ from dataclasses import dataclass
 
 from models.config import ModelConfig
 
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of the checkpoint: its name and the shape it must have, projections `[out, in]`."""
+    """A tensor of the checkpoint.
+
+    Attributes:
+        name: Hugging Face's.
+        shape: the one that it must have; projections are `[out, in]`.
+        dtypes: names of those that it may have.
+    """
 
     name: str
     shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOATS
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from models.config import ModelConfig
 from models.errors import WeightsError
 from models.families.common import Family
-from models.families.tensors import Assembly, is_harmless_extra
-from models.layers.product import Weight
+from models.families.tensors import Assembly, SourceTensor, is_harmless_extra
+from models.layers.product import Matrix, Weight
 from models.loading.source import Progress, TensorSource
-from models.loading.transfer import NUM_THREADS, Packed, shares, stream_to_device
+from models.loading.transfer import NUM_THREADS, Packed, aligned_empty, shares, stream_to_device
 from models.parameters import parameter_shapes
 from models.quantization.format import WeightFormat, side_by_side
-from models.quantization.schemes import Storage
-from pallas_kernels.quantized_matmul import QuantizedWeight
 
 _LISTED = 3  # faults that an error spells out
 # Rows transposed together: their elements of one column fill a cache line of the result. Measured on 2 cores: 5 to 10
@@ -39,34 +41,58 @@ def check_tensors(
         WeightsError: one error for all faults; names the first of them with what was expected and found, and counts
             the rest.
     """
-    packed = {} if weight_format is None else weight_format.storages(config)
     expected = {
-        stored.name: stored.shape
+        stored.name: stored
         for name, assembly in family.assemblies(config).items()
         for tensor in assembly.sources
-        for stored in (weight_format.tensors(tensor) if weight_format and name in packed else (tensor,))
+        for stored in _in_place_of(name, tensor, source, weight_format)
     }
     present = set(source.names())
-    missing = [f"{name} is missing, expected {list(shape)}" for name, shape in expected.items() if name not in present]
+    found = [tensor for name, tensor in expected.items() if name in present]
+    missing = [f"{name} is missing, expected {list(t.shape)}" for name, t in expected.items() if name not in present]
     misshapen = [
-        f"{name} is {list(source.shape(name))}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in present and tuple(source.shape(name)) != shape
+        f"{tensor.name} is {list(source.shape(tensor.name))}, expected {list(tensor.shape)}"
+        for tensor in found
+        if tuple(source.shape(tensor.name)) != tensor.shape
+    ]
+    mistyped = [
+        f"{tensor.name} is {source.dtype(tensor.name)}, expected {' or '.join(tensor.dtypes)}"
+        for tensor in found
+        if source.dtype(tensor.name) not in tensor.dtypes
     ]
     extra = [
         f"{name} {list(source.shape(name))} is not expected"
         for name in sorted(present - expected.keys())
-        if not is_harmless_extra(name, config)
+        if not (is_harmless_extra(name, config) or (weight_format and weight_format.explains(name)))
     ]
-    if not (missing or misshapen or extra):
+    if not (missing or misshapen or mistyped or extra):
         return
-    counts = {"missing": len(missing), "misshapen": len(misshapen), "unexpected": len(extra)}
+    counts = {
+        "missing": len(missing),
+        "misshapen": len(misshapen),
+        "of another dtype": len(mistyped),
+        "unexpected": len(extra),
+    }
     summary = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     # A few of each kind: thousands of missing tensors must not hide the misshapen one that explains them.
-    listed = [fault for faults in (missing, misshapen, extra) for fault in faults[:_LISTED]]
+    listed = [fault for faults in (missing, misshapen, mistyped, extra) for fault in faults[:_LISTED]]
     more = sum(counts.values()) - len(listed)
     details = "; ".join(listed) + (f"; and {more} more" if more else "")
     raise WeightsError(f"The checkpoint's tensors do not fit its config ({family.name}; {summary}): {details}.")
+
+
+def _in_place_of(
+    parameter: str, tensor: SourceTensor, source: TensorSource, weight_format: WeightFormat | None
+) -> Collection[SourceTensor]:
+    """What the checkpoint holds in place of a tensor: itself, unless it is a matrix that is stored otherwise."""
+    if weight_format is None or not _is_matrix(tensor):
+        return (tensor,)
+    stored = weight_format.stored(parameter, tensor, source)
+    return (tensor,) if stored is None else stored.values()
+
+
+def _is_matrix(tensor: SourceTensor) -> bool:
+    return len(tensor.shape) == 2 and tensor.name.endswith(".weight")
 
 
 def assemble(
@@ -88,28 +114,55 @@ def assemble(
     """
     check_tensors(family, config, source, weight_format)
     assemblies = family.assemblies(config)
-    packed = Packed()
-    if weight_format is not None:
-        storages = weight_format.storages(config)
-        packed = Packed(storages, lambda name: _pack(assemblies[name], source, weight_format, storages[name]))
+    sizes = {} if weight_format is None else _sizes_of_packed(assemblies, source, weight_format)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
 
         def fill(name: str, host: np.ndarray) -> None:
             _fill(host, assemblies[name], source, pool)
 
+        def plain(tensor: SourceTensor) -> jax.Array:
+            host = aligned_empty(tensor.shape[::-1], dtype)
+            _copy(host.T, source.read(tensor.name), tensor.name, pool)
+            return jax.device_put(host)
+
+        def pack(name: str) -> Weight:
+            assert weight_format is not None  # nothing has a packed size without one
+            parts = []
+            for tensor in assemblies[name].sources:
+                part = _pack_projection(name, tensor, source, weight_format, dtype)
+                parts.append(plain(tensor) if part is None else part)
+            return side_by_side(parts)
+
+        packed = Packed(sizes, pack)
         return stream_to_device(parameter_shapes(config), dtype, fill, progress, packed)
 
 
-def _pack(assembly: Assembly, source: TensorSource, weight_format: WeightFormat, storage: Storage) -> QuantizedWeight:
-    """One packed parameter, projection by projection."""
-    parts = []
-    for tensor in assembly.sources:
-        stored = [source.read(needed.name) for needed in weight_format.tensors(tensor)]
-        try:
-            parts.append(weight_format.pack(stored, storage))
-        except WeightsError as error:
-            raise WeightsError(f"{tensor.name}: {error}") from error
-    return side_by_side(parts)
+def _sizes_of_packed(
+    assemblies: Mapping[str, Assembly], source: TensorSource, weight_format: WeightFormat
+) -> dict[str, int]:
+    """Parameters of which a projection is stored in the format -> bytes that the checkpoint has for them."""
+    sizes = {}
+    for name, assembly in assemblies.items():
+        matrices = [tensor for tensor in assembly.sources if _is_matrix(tensor)]
+        if any(weight_format.stored(name, matrix, source) is not None for matrix in matrices):
+            stored = [tensor for matrix in matrices for tensor in _in_place_of(name, matrix, source, weight_format)]
+            sizes[name] = sum(
+                math.prod(tensor.shape) * jnp.dtype(source.dtype(tensor.name)).itemsize for tensor in stored
+            )
+    return sizes
+
+
+def _pack_projection(
+    parameter: str, tensor: SourceTensor, source: TensorSource, weight_format: WeightFormat, dtype: np.dtype
+) -> Matrix | None:
+    """One projection on the device; None if it is stored as it is."""
+    stored = weight_format.stored(parameter, tensor, source)
+    if stored is None:
+        return None
+    try:
+        return weight_format.pack(tensor, {role: source.read(each.name) for role, each in stored.items()}, dtype)
+    except WeightsError as error:
+        raise WeightsError(f"{tensor.name}: {error}") from error
 
 
 def _fill(host: np.ndarray, assembly: Assembly, source: TensorSource, pool: ThreadPoolExecutor) -> None:

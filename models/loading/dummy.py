@@ -16,6 +16,7 @@ from models.layers.product import Weight
 from models.loading.source import Progress
 from models.loading.transfer import total_bytes
 from models.parameters import parameter_shapes
+from models.quantization.format import packed_bytes
 from models.quantization.on_load import random_weight
 from models.quantization.schemes import Storage
 
@@ -41,12 +42,13 @@ def dummy_parameters(
         storages: parameter -> how it is stored, of those that are packed. They are made packed and never were dense.
     """
     shapes, storages = parameter_shapes(config), storages or {}
-    total, done = total_bytes(shapes, dtype, storages), 0
+    sizes = {name: packed_bytes(shapes[name], storage) for name, storage in storages.items()}
+    total, done = total_bytes(shapes, dtype, sizes), 0
     key = jax.random.key(seed)
     params: dict[str, Weight] = {}
     for name, shape in shapes.items():
         params[name] = _make(name, shape, dtype, key, config.num_layers, storages.get(name))
-        done += total_bytes({name: shape}, dtype, storages)
+        done += total_bytes({name: shape}, dtype, sizes)
         if progress is not None:
             jax.block_until_ready(params[name])
             progress(done, total, name)

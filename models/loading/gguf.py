@@ -125,6 +125,10 @@ class GgufTensors:
         """Shape as in `model.safetensors`: `[out, in]` for a projection, `[V, E]` for the embedding."""
         return self._tensor(name).shape
 
+    def dtype(self, name: str) -> str:
+        """What `read` gives: always float32."""
+        return self._tensor(name) and "float32"
+
     def kind(self, name: str) -> str:
         """How the values are stored, e.g. `Q4_1`."""
         return self._tensor(name).kind.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -24,8 +24,10 @@ from models.loading.manifest import read_manifest
 from models.loading.orbax import is_quire_checkpoint, load_checkpoint
 from models.loading.safetensors import has_safetensors, open_safetensors
 from models.loading.source import Progress, TensorSource
+from models.quantization.checkpoints import checkpoint_format
+from models.quantization.format import WeightFormat, summary
 from models.quantization.on_load import OnLoad
-from models.quantization.schemes import describe
+from models.quantization.schemes import storages_of
 from models.registry import resolve_family
 
 logger = logging.getLogger(__name__)
@@ -56,11 +58,14 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's files, read as far as its config; `open_tensors` goes on to the weights."""
+    """A model's files, read as far as its config; `open_tensors` goes on to the weights, of which some matrices are
+    stored in `weight_format` if they are quantized.
+    """
 
     family: Family
     config: ModelConfig
     open_tensors: Callable[[], TensorSource]
+    weight_format: WeightFormat | None = None
 
 
 def load_model(
@@ -86,30 +91,39 @@ def load_model(
     Raises:
         ModelNotFoundError: the model, its config or its weights are not there.
         UnsupportedModelError: the architecture, a config value, a dtype, the format or the quantization is not
-            supported.
+            supported, or the checkpoint is quantized already.
         WeightsError: the files are damaged, or the weights do not fit the config.
     """
     chosen = choose_format(path, load_format)
     logger.info("load_format: %s (asked for: %s)", chosen, load_format)
-    on_load = None if quantization is None else OnLoad(quantization)
-
-    def loaded(config: ModelConfig, params: Params) -> LoadedModel:
-        if on_load is None:
-            return LoadedModel(config, params)
-        about = describe(on_load.scheme, on_load.storages(config))
-        logger.info("quantization: %s", about)
-        return LoadedModel(config, params, about)
-
     if chosen == "orbax":
-        return loaded(*load_checkpoint(path, dtype, progress, on_load))
+        config, params = load_checkpoint(path, dtype, progress, quantization)
+        return _loaded(config, params, quantization)
     if chosen == "dummy":
         config = read_config(path)
-        storages = None if on_load is None else on_load.storages(config)
-        return loaded(config, dummy_parameters(config, resolve_dtype(dtype, config), seed, progress, storages))
+        storages = None if quantization is None else storages_of(config, quantization)
+        params = dummy_parameters(config, resolve_dtype(dtype, config), seed, progress, storages)
+        return _loaded(config, params, quantization)
     checkpoint = open_checkpoint(path, chosen)
     config, resolved = checkpoint.config, resolve_dtype(dtype, checkpoint.config)
-    tensors = checkpoint.open_tensors()
-    return loaded(config, assemble(checkpoint.family, config, tensors, resolved, progress, on_load))
+    weight_format = checkpoint.weight_format
+    if quantization is not None:
+        if weight_format is not None:
+            raise UnsupportedModelError(
+                f"This checkpoint is quantized already ({weight_format.name}): quantization={quantization!r} is for "
+                "full-precision ones. Leave it out."
+            )
+        weight_format = OnLoad(quantization, storages_of(config, quantization))
+    params = assemble(checkpoint.family, config, checkpoint.open_tensors(), resolved, progress, weight_format)
+    return _loaded(config, params, None if weight_format is None else weight_format.name)
+
+
+def _loaded(config: ModelConfig, params: Params, quantization: str | None) -> LoadedModel:
+    if quantization is None:
+        return LoadedModel(config, params)
+    about = summary(quantization, params)
+    logger.info("quantization: %s", about)
+    return LoadedModel(config, params, about)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -160,7 +174,9 @@ def open_checkpoint(path: Path, load_format: str) -> Checkpoint:
         )
     if not (path / CONFIG_NAME).is_file():
         raise ModelNotFoundError(f"{path} has no {CONFIG_NAME}.")
-    return _checkpoint(read_json(path / CONFIG_NAME), read_generation_config(path), lambda: open_safetensors(path))
+    raw = read_json(path / CONFIG_NAME)
+    checkpoint = _checkpoint(raw, read_generation_config(path), lambda: open_safetensors(path))
+    return replace(checkpoint, weight_format=checkpoint_format(raw, lambda name: _side_file(path / name)))
 
 
 def read_generation_config(path: Path) -> RawConfig:
@@ -189,6 +205,10 @@ def read_json(file: Path) -> RawConfig:
     if not isinstance(content, dict):
         raise UnsupportedModelError(f"{file} must hold a JSON object, not a {type(content).__name__}.")
     return content
+
+
+def _side_file(file: Path) -> RawConfig | None:
+    return read_json(file) if file.is_file() else None
 
 
 def _checkpoint(raw: RawConfig, generation: RawConfig, open_tensors: Callable[[], TensorSource]) -> Checkpoint:

@@ -33,9 +33,9 @@ from models.loading.manifest import MANIFEST_NAME, Manifest, read_manifest, writ
 from models.loading.source import Progress
 from models.loading.transfer import NUM_THREADS, Packed, aligned_empty, shares, stream_to_device, total_bytes
 from models.parameters import output_sizes, parameter_shapes
-from models.quantization.on_load import OnLoad, pack_parameter
-from models.quantization.schemes import Storage
-from pallas_kernels.quantized_matmul import QuantizedWeight
+from models.quantization.format import packed_bytes
+from models.quantization.on_load import pack_parameter
+from models.quantization.schemes import Storage, storages_of
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, dtype: str = "auto", progress: Progress | None = None, quantization: OnLoad | None = None
+    path: Path, dtype: str = "auto", progress: Progress | None = None, quantization: str | None = None
 ) -> tuple[ModelConfig, dict[str, Weight]]:
     """Load a checkpoint onto the default device.
 
@@ -113,7 +113,7 @@ def load_checkpoint(
         path: of the checkpoint.
         dtype: "auto" is the one it was saved in.
         progress: called after each parameter.
-        quantization: of the layers' matrices, one at a time.
+        quantization: key of `models.quantization.schemes.SCHEMES`: how matrices are stored, made one at a time.
 
     Raises:
         ModelNotFoundError: `path` is not a Quire checkpoint.
@@ -122,7 +122,7 @@ def load_checkpoint(
     """
     manifest = read_manifest(path)
     config, weights = manifest.config, path / WEIGHTS_NAME
-    storages = {} if quantization is None else quantization.storages(config)
+    storages = {} if quantization is None else storages_of(config, quantization)
     stored = resolve_dtype(manifest.dtype, config)
     served = stored if dtype == "auto" else resolve_dtype(dtype, config)
     layouts = {file.parent.name: _read_layout(file) for file in weights.glob("*/.zarray")}
@@ -147,15 +147,16 @@ def load_checkpoint(
             if buffer is not host:
                 host[...] = buffer
 
-        def pack(name: str) -> QuantizedWeight:
+        def pack(name: str) -> Weight:
             host = aligned_empty(shapes[name], stored)
             fill(name, host)
             return _pack(name, jax.device_put(host), config, storages[name])
 
-        return config, stream_to_device(shapes, served, fill, progress, Packed(storages, pack))
+        sizes = {name: packed_bytes(shapes[name], storage) for name, storage in storages.items()}
+        return config, stream_to_device(shapes, served, fill, progress, Packed(sizes, pack))
 
 
-def _pack(name: str, matrix: jax.Array, config: ModelConfig, storage: Storage) -> QuantizedWeight:
+def _pack(name: str, matrix: jax.Array, config: ModelConfig, storage: Storage) -> Weight:
     try:
         return pack_parameter(matrix, output_sizes(config, name), storage)
     except WeightsError as error:

@@ -20,20 +20,29 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from models.errors import ModelNotFoundError, UnsupportedModelError, WeightsError
+from models.errors import ModelNotFoundError, WeightsError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-}  # fmt: skip
-_FLOATS: dict[str, np.dtype] = {
+_DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+    "C64": np.dtype("<c8"),
 }
 
 
@@ -63,23 +72,21 @@ class SafetensorsSource:
         """Shape of one tensor, from the header."""
         return self._entries[name].shape
 
+    def dtype(self, name: str) -> str:
+        """Dtype of one tensor, from the header."""
+        return _DTYPES[self._entries[name].dtype].name
+
     def read(self, name: str) -> np.ndarray:
         """A read-only view of the mapped file.
 
         Raises:
-            UnsupportedModelError: the tensor is not of a floating dtype that a decoder could use.
             WeightsError: the file disappeared or shrank since it was opened.
         """
         entry = self._entries[name]
-        if entry.dtype not in _FLOATS:
-            raise UnsupportedModelError(
-                f"{entry.file}: {name} is stored as {entry.dtype}: quantized checkpoints are not supported yet; "
-                f"supported are {', '.join(_FLOATS)}."
-            )
         raw = self._mapped(entry.file)[entry.begin : entry.begin + entry.size_bytes]
         if raw.size != entry.size_bytes:
             raise WeightsError(f"{entry.file}: the file became shorter while it was read.")
-        return raw.view(_FLOATS[entry.dtype]).reshape(entry.shape)
+        return raw.view(_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def _mapped(self, file: Path) -> np.ndarray:
         if file not in self._mappings:
@@ -191,12 +198,13 @@ def _parse_entry(file: Path, name: str, value: Any, data_start: int) -> _Entry:
         raise WeightsError(f"{file} is corrupted: the header's entry for {name} is not readable.") from error
     if not sound:
         raise WeightsError(f"{file} is corrupted: the header's entry for {name} has impossible values.")
-    if dtype not in _ITEM_BYTES:
-        raise WeightsError(f"{file}: {name} has the unknown dtype {dtype!r}; known are {', '.join(_ITEM_BYTES)}.")
-    if end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
+    if dtype not in _DTYPES:
+        raise WeightsError(f"{file}: {name} has the unknown dtype {dtype!r}; known are {', '.join(_DTYPES)}.")
+    needed = math.prod(shape) * _DTYPES[dtype].itemsize
+    if end - begin != needed:
         raise WeightsError(
             f"{file} is corrupted: {name} of shape {list(shape)} and dtype {dtype} needs "
-            f"{math.prod(shape) * _ITEM_BYTES[dtype]} bytes, the header gives it {end - begin}."
+            f"{needed} bytes, the header gives it {end - begin}."
         )
     return _Entry(file, dtype, shape, data_start + begin, end - begin)
 

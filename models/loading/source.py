@@ -8,7 +8,8 @@ from typing import Protocol
 import numpy as np
 
 Progress = Callable[[int, int, str], None]
-"""Called after each parameter with (bytes done, bytes in total, name of the parameter); bytes as served."""
+"""Called after each parameter with (bytes done, bytes in total, name of the parameter); bytes as served, of packed
+parameters as stored in the checkpoint."""
 
 
 class TensorSource(Protocol):
@@ -22,8 +23,12 @@ class TensorSource(Protocol):
         """Shape of one tensor, without reading it."""
         ...
 
+    def dtype(self, name: str) -> str:
+        """Name of the dtype in which `read` gives it, as numpy or ml_dtypes call it."""
+        ...
+
     def read(self, name: str) -> np.ndarray:
-        """One tensor, C-contiguous, of a floating dtype (bfloat16 by ml_dtypes); may be a view of a mapped file.
+        """One tensor, C-contiguous; may be a view of a mapped file.
 
         Raises:
             WeightsError: the tensor cannot be read.

@@ -12,16 +12,13 @@ import numpy as np
 
 from models.layers.product import Weight
 from models.loading.source import Progress
-from models.quantization.format import packed_bytes
-from models.quantization.schemes import Storage
-from pallas_kernels.quantized_matmul import QuantizedWeight
 
 NUM_THREADS = min(8, os.cpu_count() or 1)  # that copy or read one parameter together
 _PARALLEL_BYTES = 1 << 20  # below this one thread is faster
 _ALIGNMENT = 64  # bytes; XLA on CPU takes over a buffer that is aligned so, instead of copying it
 
 
-def _nothing(name: str) -> QuantizedWeight:
+def _nothing(name: str) -> Weight:
     raise KeyError(f"{name} is not packed")
 
 
@@ -30,23 +27,18 @@ class Packed:
     """Parameters that do not become plain arrays.
 
     Attributes:
-        storages: parameter -> how it is stored.
-        make: (parameter) -> the packed weight on the device.
+        sizes_bytes: parameter -> bytes, for progress.
+        make: (parameter) -> the weight on the device.
     """
 
-    storages: Mapping[str, Storage] = field(default_factory=dict)
-    make: Callable[[str], QuantizedWeight] = _nothing
+    sizes_bytes: Mapping[str, int] = field(default_factory=dict)
+    make: Callable[[str], Weight] = _nothing
 
 
-def total_bytes(
-    shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, storages: Mapping[str, Storage] | None = None
-) -> int:
-    """Size of all parameters as served."""
-    storages = storages or {}
-    return sum(
-        packed_bytes(shape, storages[name]) if name in storages else math.prod(shape) * dtype.itemsize
-        for name, shape in shapes.items()
-    )
+def total_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, packed: Mapping[str, int] | None = None) -> int:
+    """Size of all parameters as served, of which those in `packed` have that many bytes."""
+    packed = packed or {}
+    return sum(packed[name] if name in packed else math.prod(shape) * dtype.itemsize for name, shape in shapes.items())
 
 
 def shares(count: int, multiple: int, size_bytes: int) -> list[slice]:
@@ -75,11 +67,11 @@ def stream_to_device(
         name → array of `shapes[name]` and `dtype`, or packed weight, all there.
     """
     packed = packed or Packed()
-    total, done = total_bytes(shapes, dtype, packed.storages), 0
+    total, done = total_bytes(shapes, dtype, packed.sizes_bytes), 0
     params: dict[str, Weight] = {}
     in_flight: jax.Array | None = None
     for name, shape in shapes.items():
-        if name in packed.storages:
+        if name in packed.sizes_bytes:
             params[name] = packed.make(name)
         else:
             host = aligned_empty(shape, dtype)
@@ -87,7 +79,7 @@ def stream_to_device(
             if in_flight is not None:
                 in_flight.block_until_ready()
             in_flight = params[name] = jax.device_put(host)
-        done += total_bytes({name: shape}, dtype, packed.storages)
+        done += total_bytes({name: shape}, dtype, packed.sizes_bytes)
         if progress is not None:
             progress(done, total, name)
     return jax.block_until_ready(params)

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.config import ModelConfig
 from models.errors import WeightsError
 from models.families.tensors import SourceTensor
+from models.layers.product import Weight
+from models.loading.source import TensorSource
 from models.quantization.format import packed_shapes, side_by_side
-from models.quantization.schemes import Storage, storages_of
+from models.quantization.schemes import Storage
 from pallas_kernels.quantized_matmul import KINDS, QuantizedWeight, from_dense
 
 
@@ -25,26 +26,33 @@ class OnLoad:
 
     Attributes:
         scheme: key of `schemes.SCHEMES`.
+        storages: parameter -> how it is stored, of those that are packed (`schemes.storages_of`).
     """
 
     scheme: str
+    storages: Mapping[str, Storage]
 
-    def storages(self, config: ModelConfig) -> Mapping[str, Storage]:
+    @property
+    def name(self) -> str:
         """See `WeightFormat`."""
-        return storages_of(config, self.scheme)
+        return self.scheme
 
-    def tensors(self, matrix: SourceTensor) -> tuple[SourceTensor, ...]:
+    def stored(self, parameter: str, matrix: SourceTensor, source: TensorSource) -> Mapping[str, SourceTensor] | None:
         """See `WeightFormat`: the matrix itself."""
-        return (matrix,)
+        return {parameter: matrix} if parameter in self.storages else None
 
-    def pack(self, tensors: Sequence[np.ndarray], storage: Storage) -> QuantizedWeight:
-        """See `WeightFormat`: `[out, in]` in the checkpoint's dtype, which is what is rounded."""
-        (matrix,) = tensors
-        narrow = matrix if matrix.dtype != np.float64 else matrix.astype(np.float32)
-        return _checked(*_round(jax.device_put(narrow), storage))
+    def pack(self, matrix: SourceTensor, tensors: Mapping[str, np.ndarray], dtype: np.dtype) -> QuantizedWeight:
+        """See `WeightFormat`: the numbers of the checkpoint are rounded, not their copies in `dtype`."""
+        ((parameter, host),) = tensors.items()
+        narrow = host if host.dtype != np.float64 else host.astype(np.float32)
+        return _checked(*_round(jax.device_put(narrow), self.storages[parameter]))
+
+    def explains(self, name: str) -> bool:
+        """See `WeightFormat`: nothing but the matrices."""
+        return False
 
 
-def pack_parameter(matrix: jax.Array, outputs: Sequence[int], storage: Storage) -> QuantizedWeight:
+def pack_parameter(matrix: jax.Array, outputs: Sequence[int], storage: Storage) -> Weight:
     """A fused parameter `[in, out]` that is on the device already, made of projections with so many outputs each.
 
     Raises:

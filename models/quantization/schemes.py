@@ -97,16 +97,3 @@ def _fitting(config: ModelConfig) -> list[str]:
     """Schemes that this model's sizes allow."""
     inputs = {shape[0] for name, shape in parameter_shapes(config).items() if name.endswith(MATRICES)}
     return [name for name, scheme in SCHEMES.items() if all(scheme.storage(k) is not None for k in inputs)]
-
-
-def describe(name: str, storages: Mapping[str, Storage]) -> str:
-    """One line for logs and people: "int4 (w4a16, group 64: qkv, o, gate_up; group 32: down)"."""
-    matrices: dict[int, list[str]] = {}
-    for parameter, storage in storages.items():
-        matrix = parameter.split(".")[-2]
-        if matrix not in matrices.setdefault(storage.group_size, []):
-            matrices[storage.group_size].append(matrix)
-    kinds = ", ".join(dict.fromkeys(storage.kind for storage in storages.values()))
-    if set(matrices) == {-1}:
-        return f"{name} ({kinds}, a scale per output)"
-    return f"{name} ({kinds}, {'; '.join(f'group {size}: {", ".join(names)}' for size, names in matrices.items())})"

@@ -7,16 +7,28 @@ rounding); `quantized_matmul` multiplies with it. Reading and decoding a checkpo
 from pallas_kernels.quantized_matmul.activations import quantize_activations
 from pallas_kernels.quantized_matmul.api import OP, quantized_matmul
 from pallas_kernels.quantized_matmul.problem import QuantizedMatmulProblem
-from pallas_kernels.quantized_matmul.weight import KINDS, QuantizedWeight, dequantize, from_dense, repack
+from pallas_kernels.quantized_matmul.weight import (
+    GROUP_SIZES,
+    KINDS,
+    QuantizedWeight,
+    StaticActivations,
+    dequantize,
+    from_dense,
+    repack,
+    with_static_activations,
+)
 
 __all__ = [
+    "GROUP_SIZES",
     "KINDS",
     "OP",
     "QuantizedMatmulProblem",
     "QuantizedWeight",
+    "StaticActivations",
     "dequantize",
     "from_dense",
     "quantize_activations",
     "quantized_matmul",
     "repack",
+    "with_static_activations",
 ]

@@ -10,6 +10,7 @@ groups and leaves scales per output to XLA, which fuses them, unless measured ti
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -63,6 +64,8 @@ def quantized_matmul(
     """
     if x.ndim != 2 or weight.stored.ndim != 2 or x.shape[1] != weight.k:
         raise ValueError(f"activations {x.shape} do not meet a weight packed as {weight.stored.shape} ([N, K])")
+    if weight.input_order is not None:
+        x, weight = jnp.take(x, weight.input_order, axis=1), replace(weight, input_order=None)
     problem = problem_of(x, weight, out_dtype)
     chosen = OP.choose(implementation, problem)
     return chosen.functions["run"](x, weight, jnp.dtype(problem.out_dtype))

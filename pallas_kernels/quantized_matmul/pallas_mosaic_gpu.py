@@ -51,6 +51,12 @@ def supports(problem: QuantizedMatmulProblem) -> str | None:
         return f"activations are {problem.dtype}, tensor cores take bfloat16 or float16"
     if problem.out_dtype not in ("bfloat16", "float16", "float32"):
         return f"results in {problem.out_dtype}"
+    if problem.offsets:
+        return "weights with offsets"
+    if problem.static_activations:
+        return "activations quantized by a scale known beforehand"
+    if problem.group_size == 16:
+        return "groups of 16: a step along K is 32 or more"
     if problem.n % (WARPGROUPS * MMA_ROWS):
         return f"{problem.n} outputs are not a multiple of {WARPGROUPS * MMA_ROWS}"
     if problem.k % 64:

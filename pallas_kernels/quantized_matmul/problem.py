@@ -21,6 +21,8 @@ class QuantizedMatmulProblem:
         group_size: inputs that share a scale; -1 = all.
         zero_points: whether the weight has them.
         dtype: of activations. out_dtype: of the result. scale_dtype: of the weight's scales.
+        offsets: whether the weight has them.
+        static_activations: whether activations are quantized by a scale known beforehand.
     """
 
     m: int
@@ -32,6 +34,8 @@ class QuantizedMatmulProblem:
     dtype: str
     out_dtype: str
     scale_dtype: str
+    offsets: bool = False
+    static_activations: bool = False
 
     @property
     def rule(self) -> Kind:
@@ -63,4 +67,6 @@ def problem_of(x: jax.Array, weight: QuantizedWeight, out_dtype: Any = None) -> 
         dtype=str(x.dtype),
         out_dtype=str(jnp.dtype(out_dtype or x.dtype)),
         scale_dtype=str(weight.scales.dtype),
+        offsets=weight.offsets is not None,
+        static_activations=weight.static is not None,
     )

@@ -1,6 +1,6 @@
 """`QuantizedWeight`: the one form in which packed weights lie on a device, and how it is made once, at load.
 
-    value[k, n] = (stored[n, k] - zero_points[g, n]) * scales[g, n],    g = k // group_size
+    value[k, n] = (stored[n, k] - zero_points[g, n]) * scales[g, n] + offsets[g, n],    g = k // group_size
 
 - `stored` is `[N, K]` with K minor. A tensor core instruction of Hopper with 8-bit operands takes both of them K-minor
   and no other way; a weight-only kernel reads it as the left operand, converted in registers, with no transposition
@@ -12,11 +12,13 @@
   aligned bytes that a bulk copy can fetch. Scales of a tensor, of a shard of fused weights or of 128x128 blocks are
   repeated along N: 3 % more bytes for blocks, and no rule about shards that end inside a block.
 - Scales keep the checkpoint's dtype (float32, bfloat16, float16) and may be negative.
+- Groups lie side by side. Where a checkpoint's do not (activation order), inputs are put in the groups' order once, at
+  load, and `input_order` says which activation meets which.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -48,8 +50,26 @@ KINDS: dict[str, Kind] = {
     "w8a8_fp8": Kind("float8_e4m3fn", 8, 448.0, "float8_e4m3fn"),
 }
 DENSE = "dense"  # in the place of a kind: weights that are not packed
-GROUP_SIZES = (-1, 32, 64, 128)
+GROUP_SIZES = (-1, 16, 32, 64, 128)
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StaticActivations:
+    """Activations of a kind that quantizes them, by one scale for all tokens that was measured beforehand:
+    `number = round(x / scale) + zero_point`, kept in the range of the dtype.
+
+    Attributes:
+        scale: float32[].
+        zero_point: int32[], or None for 0 (integers only).
+        sums: int32[N], sums of the stored weights of each output, which the zero point is multiplied with; None without
+            one.
+    """
+
+    scale: jax.Array
+    zero_point: jax.Array | None = None
+    sums: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +83,9 @@ class QuantizedWeight:
         zero_points: int8[..., G, N], or None if all are 0.
         kind: key of `KINDS`.
         group_size: inputs that share a scale; -1 = all K of them.
+        offsets: [..., G, N] like scales, or None if all are 0.
+        input_order: int32[K]: row k of the packed matrix meets activation `input_order[k]`; None = in order.
+        static: how activations are quantized; None = by each token's largest (kinds that quantize them at all).
     """
 
     stored: jax.Array
@@ -70,6 +93,9 @@ class QuantizedWeight:
     zero_points: jax.Array | None
     kind: str = field(metadata={"static": True})
     group_size: int = field(metadata={"static": True})
+    offsets: jax.Array | None = None
+    input_order: jax.Array | None = None
+    static: StaticActivations | None = None
 
     @property
     def k(self) -> int:
@@ -89,8 +115,8 @@ class QuantizedWeight:
     @property
     def size_bytes(self) -> int:
         """On a device."""
-        scales = self.scales.size * self.scales.dtype.itemsize
-        return self.stored.size * self.bits // 8 + scales + (0 if self.zero_points is None else self.zero_points.size)
+        others = jax.tree.leaves(replace(self, stored=None))  # type: ignore[arg-type]
+        return self.stored.size * self.bits // 8 + sum(leaf.size * leaf.dtype.itemsize for leaf in others)
 
 
 def repack(
@@ -101,6 +127,7 @@ def repack(
     kind: str,
     group_size: int = -1,
     rows_per_scale: int = 1,
+    offsets: jax.Array | None = None,
 ) -> QuantizedWeight:
     """A `QuantizedWeight` of a checkpoint's numbers, once they are unpacked to one array element each.
 
@@ -109,8 +136,9 @@ def repack(
         scales: [..., ceil(N / rows_per_scale), G], or anything that broadcasts to it ([], [1], [N, 1]).
         zero_points: like scales, integers in the range of signed numbers of as many bits; None = 0.
         kind: key of `KINDS`.
-        group_size: -1, 32, 64 or 128; must divide K.
+        group_size: one of `GROUP_SIZES`; must divide K.
         rows_per_scale: outputs that share a row of scales (128 for blocks of 128x128; the last block may be short).
+        offsets: like scales; None = 0.
 
     Raises:
         ValueError: what the kind, group size or a shape cannot be.
@@ -122,8 +150,8 @@ def repack(
     n, k = stored.shape[-2:]
     if group_size > 0 and k % group_size:
         raise ValueError(f"{k} inputs are not a multiple of the group size {group_size}")
-    if zero_points is not None and KINDS[kind].activations is not None:
-        raise ValueError(f"{kind} has no zero points: its products are those of the stored numbers")
+    if not (zero_points is None and offsets is None) and KINDS[kind].activations is not None:
+        raise ValueError(f"{kind} has no zero points and offsets: its products are those of the stored numbers")
     if str(scales.dtype) not in SCALE_DTYPES:
         raise ValueError(f"scales are {scales.dtype}, not one of {', '.join(SCALE_DTYPES)}")
     shape = (*stored.shape[:-2], -(-n // rows_per_scale), 1 if group_size < 0 else k // group_size)
@@ -134,7 +162,30 @@ def repack(
         return jnp.swapaxes(repeated, -1, -2)
 
     zeros = None if zero_points is None else lay_out(zero_points).astype(jnp.int8)
-    return QuantizedWeight(stored.astype(KINDS[kind].dtype), lay_out(scales), zeros, kind, group_size)
+    moved = None if offsets is None else lay_out(offsets)
+    return QuantizedWeight(stored.astype(KINDS[kind].dtype), lay_out(scales), zeros, kind, group_size, moved)
+
+
+def with_static_activations(weight: QuantizedWeight, scale: jax.Array, zero_point: jax.Array | None) -> QuantizedWeight:
+    """The weight whose activations are quantized by a scale that was measured beforehand.
+
+    Args:
+        weight: of a kind that quantizes activations, without groups.
+        scale: float[].
+        zero_point: integer[] in the range of int8, or None for 0; of integers only.
+
+    Raises:
+        ValueError: the kind or its groups do not allow it.
+    """
+    activations = KINDS[weight.kind].activations
+    if activations is None or weight.group_size > 0:
+        raise ValueError(f"{weight.kind} in groups of {weight.group_size} has no static scale of activations")
+    if zero_point is None:
+        return replace(weight, static=StaticActivations(scale.astype(jnp.float32)))
+    if activations != "int8":
+        raise ValueError(f"{weight.kind} has no zero point of activations: its numbers are floats")
+    sums = weight.stored.astype(jnp.int32).sum(-1)
+    return replace(weight, static=StaticActivations(scale.astype(jnp.float32), zero_point.astype(jnp.int32), sums))
 
 
 def from_dense(
@@ -195,10 +246,13 @@ def from_dense(
 
 
 def dequantize(weight: QuantizedWeight, dtype: Any = jnp.float32) -> jax.Array:
-    """[..., N, K]: the values, computed in float32 and rounded once."""
+    """[..., N, K]: the values, computed in float32 and rounded once, inputs in the order of the activations."""
     groups = weight.scales.shape[-2]
     wide = weight.stored.astype(jnp.float32).reshape(*weight.stored.shape[:-1], groups, weight.k // groups)
     if weight.zero_points is not None:
         wide = wide - jnp.swapaxes(weight.zero_points, -1, -2)[..., None].astype(jnp.float32)
     wide = wide * jnp.swapaxes(weight.scales, -1, -2)[..., None].astype(jnp.float32)
-    return wide.reshape(weight.stored.shape).astype(dtype)
+    if weight.offsets is not None:
+        wide = wide + jnp.swapaxes(weight.offsets, -1, -2)[..., None].astype(jnp.float32)
+    values = wide.reshape(weight.stored.shape).astype(dtype)
+    return values if weight.input_order is None else values[..., jnp.argsort(weight.input_order)]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.device import current_device
-from pallas_kernels.quantized_matmul.activations import quantize_activations
+from pallas_kernels.quantized_matmul.activations import quantize_activations, quantize_by
 from pallas_kernels.quantized_matmul.reference import met
 from pallas_kernels.quantized_matmul.weight import KINDS, QuantizedWeight, dequantize
 
@@ -58,7 +58,7 @@ def _dot(a: jax.Array, b: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
 
 def _weight_only(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
     """float32[M, N]; a scale per output stays outside of the sum, so the weights need nothing but a conversion."""
-    if weight.group_size > 0 or weight.zero_points is not None:
+    if weight.group_size > 0 or weight.zero_points is not None or weight.offsets is not None:
         return _dot(x, dequantize(weight, x.dtype))
     return _dot(x, weight.stored.astype(x.dtype)) * weight.scales[0].astype(jnp.float32)
 
@@ -117,12 +117,21 @@ def _digits_of_group(
 ) -> jax.Array:
     """float32[M, N] in units of the tokens: the product of `count` digits int8[count * M, K] with [N, K], scaled."""
     sums = _dot(stacked, packed.astype(jnp.int8), jnp.int32)
+    of_inputs = stacked.astype(jnp.int32).sum(-1, keepdims=True)  # for what is added to all weights of an output
     if weight.zero_points is not None:
-        sums = sums - stacked.astype(jnp.int32).sum(-1, keepdims=True) * weight.zero_points[group].astype(jnp.int32)
-    total = jnp.zeros((stacked.shape[0] // count, packed.shape[0]), jnp.float32)
+        sums = sums - of_inputs * weight.zero_points[group].astype(jnp.int32)
+    total = _from_digits(sums, count) * weight.scales[group].astype(jnp.float32)
+    if weight.offsets is None:
+        return total
+    return total + _from_digits(of_inputs, count) * weight.offsets[group].astype(jnp.float32)
+
+
+def _from_digits(sums: jax.Array, count: int) -> jax.Array:
+    """float32[M, ...] of int32[count * M, ...], the lowest digit first."""
+    total = jnp.zeros((sums.shape[0] // count, *sums.shape[1:]), jnp.float32)
     for digit in reversed(jnp.split(sums, count)):
         total = total * 256 + digit.astype(jnp.float32)
-    return total * weight.scales[group].astype(jnp.float32)
+    return total
 
 
 def _in_chunks(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
@@ -133,12 +142,16 @@ def _in_chunks(x: jax.Array, weight: QuantizedWeight) -> jax.Array:
 
     def multiply(index: jax.Array, out: jax.Array) -> jax.Array:
         first = index * chunk
-        part = QuantizedWeight(
-            lax.dynamic_slice_in_dim(weight.stored, first, chunk, 0),
-            lax.dynamic_slice_in_dim(weight.scales, first, chunk, 1),
-            None if weight.zero_points is None else lax.dynamic_slice_in_dim(weight.zero_points, first, chunk, 1),
-            weight.kind,
-            weight.group_size,
+
+        def outputs(rows: jax.Array | None) -> jax.Array | None:
+            return None if rows is None else lax.dynamic_slice_in_dim(rows, first, chunk, 1)
+
+        part = replace(
+            weight,
+            stored=lax.dynamic_slice_in_dim(weight.stored, first, chunk, 0),
+            scales=outputs(weight.scales),
+            zero_points=outputs(weight.zero_points),
+            offsets=outputs(weight.offsets),
         )
         return lax.dynamic_update_slice_in_dim(out, _weight_only(x, part), first, 1)
 
@@ -153,9 +166,13 @@ def chunk_of(weight: QuantizedWeight) -> int:
 
 
 def _both(x: jax.Array, weight: QuantizedWeight, dtype: str, on_cpu: bool) -> jax.Array:
-    """float32[M, N] of quantized activations, one scale per token and one per output."""
-    stored, scales = quantize_activations(x, dtype)
-    return _narrow_dot(stored, weight.stored, on_cpu) * scales * weight.scales[0].astype(jnp.float32)
+    """float32[M, N] of quantized activations, one scale per token (or for all of them) and one per output."""
+    static = weight.static
+    stored, scales = quantize_activations(x, dtype) if static is None else quantize_by(x, dtype, static)
+    sums = _narrow_dot(stored, weight.stored, on_cpu)
+    if static is not None and static.zero_point is not None and static.sums is not None:
+        sums = sums - (static.zero_point * static.sums).astype(jnp.float32)
+    return sums * scales * weight.scales[0].astype(jnp.float32)
 
 
 def _both_in_groups(x: jax.Array, weight: QuantizedWeight, dtype: str) -> jax.Array:

@@ -69,7 +69,7 @@ def test_the_ledger_counts_packed_weights(make_engine: MakeEngine) -> None:
     assert full.ledger.weights - small.ledger.weights == saved
     assert (full.describe()["quantization"], small.describe()["quantization"]) == (
         None,
-        "int8 (w8a16, a scale per output)",
+        "int8 (w8a16, a scale per output: qkv, o, gate_up, down)",
     )
 
 

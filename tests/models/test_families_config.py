@@ -317,8 +317,6 @@ def test_dtype_in_both_dialects() -> None:
     [
         ({"hidden_act": "relu"}, "Activation 'relu' is not supported; supported are silu"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized \(gptq\).*not supported yet"),
-        ({"compression_config": {}}, "quantized .*not supported yet"),
         ({"num_key_value_heads": 2}, r"num_key_value_heads is 2; it must be a divisor of num_attention_heads \(3\)"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"vocab_size": "40"}, "vocab_size is '40'; it must be an integer"),

@@ -31,6 +31,9 @@ class DictSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
 
+    def dtype(self, name: str) -> str:
+        return self.tensors[name].dtype.name
+
     def read(self, name: str) -> np.ndarray:
         return self.tensors[name]
 
@@ -183,6 +186,9 @@ class CountingSource(DictSource):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.shapes[name]
+
+    def dtype(self, name: str) -> str:
+        return "float32"
 
     def read(self, name: str) -> np.ndarray:
         array = np.zeros(self.shapes[name], np.float32)

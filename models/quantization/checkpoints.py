@@ -1,0 +1,48 @@
+"""Which `WeightFormat` a quantized checkpoint is in, as its config says. A new one is one file and one entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from models.errors import UnsupportedModelError
+from models.families.fields import RawConfig, table, text
+from models.quantization.format import WeightFormat
+from models.quantization.gptq import parse_gptq
+
+METHODS: Mapping[str, Callable[[RawConfig], WeightFormat]] = {
+    "gptq": parse_gptq,
+}
+_CONFIG_KEYS = ("quantization_config", "compression_config")
+# Files beside config.json that older tools put the same object into, and the method that each stands for.
+_SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+
+
+def checkpoint_format(raw: RawConfig, side_file: Callable[[str], RawConfig | None]) -> WeightFormat | None:
+    """The format of a checkpoint's matrices; None if they are plain.
+
+    Args:
+        raw: `config.json`.
+        side_file: (name) -> a JSON file beside it, None if there is none.
+
+    Raises:
+        UnsupportedModelError: the method or one of its options is not supported; says what is.
+    """
+    for key in _CONFIG_KEYS:
+        found = table(raw, key)
+        if found:
+            return _parse(found, text(found, "quant_method", ""))
+    for name, method in _SIDE_FILES.items():
+        found = side_file(name)
+        if found:
+            return _parse(found, text(found, "quant_method", method))
+    return None
+
+
+def _parse(found: RawConfig, method: str) -> WeightFormat:
+    if method not in METHODS:
+        what = f"quantized by {method!r}" if method else "quantized by a method that it does not name"
+        raise UnsupportedModelError(
+            f"This checkpoint is {what}, which is not supported; supported are {', '.join(METHODS)}. Use one of those, "
+            "the model's original checkpoint, or a GGUF file."
+        )
+    return METHODS[method](found)
