@@ -4,6 +4,8 @@ A sequence has *known* tokens (prompt, outputs read from the device, and pending
 host has not read yet) and *computed* tokens (whose keys and values are in the cache, or will be when the dispatched
 steps have run). Each step gives it some tokens so that computed catches up with known; when it catches up fully, the
 step samples the next one. There are no phases: prefill, decode, recomputation after preemption are the same thing.
+Drafts are guesses of tokens to come: a step that computes them samples after each, and those that were right are known.
+Until the host has read how many were, all counts are as if all were.
 
     tokens    [ prompt ........ | outputs ....... | pending ]
     computed  [ ======================>             ]
@@ -48,7 +50,11 @@ class Sequence:
         arrival: a counter that the scheduler gives; breaks ties in every order.
         status: where it stands.
         num_computed: tokens whose KV is in the cache once all dispatched steps have run.
-        num_pending: outputs sampled by dispatched steps that the host has not read yet (0 or 1 with overlap).
+        num_pending: outputs sampled by dispatched steps that the host has not read yet (0 or 1 with overlap, and as
+            many more as drafts are being verified).
+        num_pending_drafts: drafts that dispatched steps verify.
+        draft_token_ids: drafts for the next step.
+        num_drafted, num_accepted: drafts that were verified, and that were right.
         output_token_ids: outputs read so far.
         block_table: ids of the KV blocks, in order of the tokens.
         block_hashes: chained hashes of the full blocks of known tokens, as far as computed.
@@ -67,6 +73,10 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
     num_pending: int = 0
+    num_pending_drafts: int = 0
+    draft_token_ids: tuple[int, ...] = ()
+    num_drafted: int = 0
+    num_accepted: int = 0
     output_token_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] | None = None
     cumulative_logprob: float = 0.0

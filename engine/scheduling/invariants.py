@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from engine.requests.sequence import Sequence, SequenceStatus
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.groups import RequestGroup
-from engine.scheduling.plan import StepPlan
+from engine.scheduling.plan import MOST_DRAFTS, StepPlan
 
 
 def _require(condition: bool, sequence: Sequence, message: str) -> None:
@@ -25,7 +25,10 @@ def check_running(sequence: Sequence, pool: BlockPool, block_size: int) -> None:
     table, computed = sequence.block_table, sequence.num_computed
     _require(sequence.status is SequenceStatus.RUNNING, sequence, f"is among the running, but {sequence.status}")
     _require(0 < computed < sequence.num_known, sequence, f"{computed} tokens computed of {sequence.num_known}")
-    _require(len(table) == -(-computed // block_size), sequence, f"{len(table)} blocks for {computed} tokens")
+    needed, most = -(-computed // block_size), -(-(computed + MOST_DRAFTS) // block_size)
+    _require(needed <= len(table) <= most, sequence, f"{len(table)} blocks for {computed} tokens")
+    if sequence.num_drafted == 0:  # blocks of wrong drafts stay, for the tokens to come
+        _require(len(table) == needed, sequence, f"{len(table)} blocks for {computed} tokens")
     num_sent = sequence.num_sent_blocks
     _require(num_sent == len(table), sequence, f"{num_sent} of {len(table)} blocks sent")
     _require(len(set(table)) == len(table), sequence, f"a block is twice in the table {table}")
@@ -72,7 +75,10 @@ def check_pending(in_flight: Iterable[StepPlan], live: Iterable[Sequence]) -> No
     Raises:
         AssertionError: with the two counts.
     """
-    sampled = Counter(id(item.sequence) for plan in in_flight for item in plan.items if item.samples)
+    sampled: Counter[int] = Counter()
+    for plan in in_flight:
+        for item in plan.items:
+            sampled[id(item.sequence)] += item.samples and 1 + len(item.drafts)
     for sequence in live:
         pending, expected = sequence.num_pending, sampled[id(sequence)]
         _require(pending == expected, sequence, f"{pending} pending tokens, {expected} in flight")

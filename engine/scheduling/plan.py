@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from engine.requests.sequence import Sequence
 
+MOST_DRAFTS = 32  # of one sequence in a step
+
 
 class ScheduledSequence(NamedTuple):
     """The part of one sequence in one step. A tuple: hundreds are made per step, each in a third of the time.
@@ -15,11 +17,15 @@ class ScheduledSequence(NamedTuple):
         sequence: whose.
         row: its row of the device state.
         start: position of the first token computed; equals the sequence's `num_computed` before the step.
-        num_tokens: how many tokens are computed: positions `[start, start + num_tokens)`.
+        num_tokens: how many tokens are computed: positions `[start, start + num_tokens)`, drafts included.
         samples: True if computed catches up with known, so that the step samples the next token (or, of a pooled
             sequence, gives its result).
         first_new_block: index into the block table of the first entry that the device has not been told yet.
         starts_row: True if the sequence takes over its row in this step (admission or return after preemption).
+        drafts: guesses of the tokens that follow the known ones. They are the last that are computed, and the step
+            verifies them: it samples after each, and keeps as many as were guessed right.
+        is_relative: True if a step in flight verifies drafts of the sequence: only the device knows how many were
+            right. `start` and all counts of the sequence then are what they would be if all were.
     """
 
     sequence: Sequence
@@ -29,6 +35,8 @@ class ScheduledSequence(NamedTuple):
     samples: bool
     first_new_block: int
     starts_row: bool
+    drafts: tuple[int, ...] = ()
+    is_relative: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,11 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens computed in the step."""
         return sum(item.num_tokens for item in self.items)
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether any sequence has drafts in the step."""
+        return any(item.drafts for item in self.items)
 
     @property
     def num_sampled(self) -> int:

@@ -4,59 +4,18 @@ from __future__ import annotations
 
 import collections.abc as abc
 from collections import deque
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from engine.requests.sequence import FinishReason, Sequence, SequenceStatus
 from engine.scheduling import invariants
 from engine.scheduling.allocator import KVAllocator
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.drafts import settle_drafts, take_drafts
 from engine.scheduling.groups import RequestGroups
 from engine.scheduling.limits import SchedulerLimits
 from engine.scheduling.plan import ScheduledSequence, StepPlan
 from engine.scheduling.policy import ORDER_KEYS, SequenceQueue
+from engine.scheduling.results import CommittedToken, SchedulerStats
 from engine.scheduling.stopping import find_stop
-
-
-class CommittedToken(NamedTuple):
-    """A token that a sequence got.
-
-    Attributes:
-        sequence: whose; `finish_reason` is set if the token was its last.
-        token_id: already in `sequence.output_token_ids`.
-        index: position of the sequence in `plan.items`, where the caller finds the token's logprobs.
-    """
-
-    sequence: Sequence
-    token_id: int
-    index: int
-
-
-@dataclass(frozen=True)
-class SchedulerStats:
-    """A snapshot for the metrics. Token and preemption counters only grow.
-
-    Attributes:
-        num_running: sequences that own a row.
-        num_waiting: sequences that do not, preempted ones included.
-        num_queued_reqs: requests of which no sequence was admitted yet.
-        num_in_flight: plans not committed yet.
-        kv_cache_usage: fraction of the blocks that sequences hold, 0 to 1.
-        num_free_blocks: blocks that no sequence holds.
-        num_preemptions: how often a sequence lost its blocks.
-        num_prefix_queried_tokens: tokens that were looked up in the prefix cache at first admissions.
-        num_prefix_hit_tokens: those of them that were found.
-    """
-
-    num_running: int
-    num_waiting: int
-    num_queued_reqs: int
-    num_in_flight: int
-    kv_cache_usage: float
-    num_free_blocks: int
-    num_preemptions: int
-    num_prefix_queried_tokens: int
-    num_prefix_hit_tokens: int
 
 
 class Scheduler:
@@ -109,16 +68,26 @@ class Scheduler:
             self._end(sequence, FinishReason.ABORT)
         return ended
 
-    def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+    def finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        stop_reason: int | str | None = None,
+        num_outputs: int | None = None,
+    ) -> None:
         """End one sequence for a reason that only the caller can see, such as a stop string.
 
-        Its tokens in flight are dropped. If it has ended already its reason stays, but a stop goes before "length": a
-        stop string may be completed by the very token that reaches `max_tokens`, and then the user is told of the stop
-        string, as by vLLM.
+        Its tokens in flight are dropped, and outputs beyond `num_outputs` (None = all stay), which a step gave along
+        with the one that ends it. If it has ended already its reason stays, unless that came with a later output; but a
+        stop goes before "length": a stop string may be completed by the very token that reaches `max_tokens`, and then
+        the user is told of the stop string, as by vLLM.
         """
+        is_earlier = num_outputs is not None and num_outputs < len(sequence.output_token_ids)
+        if is_earlier:
+            del sequence.output_token_ids[num_outputs:]
         if not sequence.finished:
             self._end(sequence, reason, stop_reason)
-        elif sequence.finish_reason is FinishReason.LENGTH and reason is FinishReason.STOP:
+        elif is_earlier or (sequence.finish_reason is FinishReason.LENGTH and reason is FinishReason.STOP):
             sequence.finish_reason, sequence.stop_reason = reason, stop_reason
 
     # --------------------------------------------------------------------------------------------------------- planning
@@ -128,8 +97,9 @@ class Scheduler:
         items: list[ScheduledSequence] = []
         preempted: list[Sequence] = []
         budget = self._plan_running(items, preempted)
-        # While running sequences lose blocks, newcomers would only take more.
-        if budget > 0 and self._waiting and self._free_rows and not preempted:
+        # While running sequences lose blocks, newcomers would only take more. Steps that verify drafts have a shape of
+        # their own, without room for a prompt.
+        if budget > 0 and self._waiting and self._free_rows and not preempted and not any(i.drafts for i in items):
             self._plan_waiting(items, budget)
         if not items:
             return None
@@ -156,8 +126,12 @@ class Scheduler:
                 preempted.append(victim)
                 if victim is sequence:
                     return budget
-            items.append(self._give(sequence, num_tokens, starts_row=False))
-            budget -= num_tokens
+            drafts = ()
+            if sequence.draft_token_ids:
+                drafts = take_drafts(sequence, num_tokens, budget - num_tokens, self.max_len, self._allocator)
+            item = self._give(sequence, num_tokens, starts_row=False, drafts=drafts)
+            items.append(item)
+            budget -= item.num_tokens
         return budget
 
     def _plan_waiting(self, items: list[ScheduledSequence], budget: int) -> None:
@@ -204,16 +178,24 @@ class Scheduler:
         sequence.row = self._free_rows.pop()
         return self._give(sequence, num_tokens, starts_row=True)
 
-    def _give(self, sequence: Sequence, num_tokens: int, starts_row: bool) -> ScheduledSequence:
-        """Count tokens as computed; the blocks for them are there."""
+    def _give(
+        self, sequence: Sequence, num_tokens: int, starts_row: bool, drafts: tuple[int, ...] = ()
+    ) -> ScheduledSequence:
+        """Count known tokens and drafts as computed; the blocks for them are there."""
         assert sequence.row is not None, "only running sequences get tokens"
-        start, num_sent_blocks = sequence.num_computed, sequence.num_sent_blocks
+        start, num_sent_blocks, is_relative = sequence.num_computed, sequence.num_sent_blocks, False
         samples = num_tokens == sequence.num_uncomputed
+        num_tokens += len(drafts)
+        if drafts or sequence.num_pending_drafts:
+            is_relative = sequence.num_pending_drafts > 0
+            sequence.num_pending_drafts += len(drafts)
         sequence.num_computed = start + num_tokens
-        sequence.num_pending += samples
+        sequence.num_pending += samples and 1 + len(drafts)
         sequence.num_sent_blocks = len(sequence.block_table)
         self._register_fixed(sequence)
-        return ScheduledSequence(sequence, sequence.row, start, num_tokens, samples, num_sent_blocks, starts_row)
+        return ScheduledSequence(
+            sequence, sequence.row, start, num_tokens, samples, num_sent_blocks, starts_row, drafts, is_relative
+        )
 
     def _wants_tokens(self, sequence: Sequence) -> bool:
         # A pooled prompt may be as long as a sequence can be: nothing follows it.
@@ -228,6 +210,7 @@ class Scheduler:
         """Back to the queue: what it computed is forgotten, what it knows is not, and tokens in flight still come."""
         self._leave_row(sequence)
         sequence.status = SequenceStatus.PREEMPTED
+        sequence.draft_token_ids = ()
         sequence.num_preemptions += 1
         self._num_preemptions += 1
         self._waiting.add(sequence)
@@ -241,12 +224,13 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------- after the device
 
-    def commit(self, plan: StepPlan, sampled: abc.Sequence[int | None]) -> list[CommittedToken]:
+    def commit(self, plan: StepPlan, sampled: abc.Sequence[abc.Sequence[int]]) -> list[CommittedToken]:
         """Deliver what the oldest plan in flight sampled.
 
         Args:
             plan: the oldest plan in flight.
-            sampled: one entry per item of the plan; ignored (None, say) where the item does not sample.
+            sampled: one entry per item of the plan: the drafts that were right, and the token sampled after them;
+                ignored (empty, say) where the item does not sample.
 
         Returns:
             The tokens that sequences got, in the order of the items. Tokens of sequences that ended meanwhile are
@@ -261,20 +245,29 @@ class Scheduler:
             raise ValueError(f"plan {plan.step_id} has {len(plan.items)} items, but {len(sampled)} tokens came")
         self._in_flight.popleft()
         committed: list[CommittedToken] = []
-        for index, (item, token) in enumerate(zip(plan.items, sampled, strict=True)):
+        for index, (item, tokens) in enumerate(zip(plan.items, sampled, strict=True)):
             sequence = item.sequence
             if not item.samples or sequence.status is SequenceStatus.FINISHED:
                 continue
-            if token is None:
-                raise ValueError(f"plan {plan.step_id}: item {index} samples, but no token came")
-            sequence.num_pending -= 1
+            if not 1 <= len(tokens) <= 1 + len(item.drafts):
+                raise ValueError(
+                    f"plan {plan.step_id}: item {index} samples after {len(item.drafts)} drafts, and {len(tokens)} "
+                    "tokens came"
+                )
+            sequence.num_pending -= 1 + len(item.drafts)
+            if item.drafts:
+                settle_drafts(sequence, len(item.drafts), len(tokens) - 1)
             if sequence.request.pooling is not None:  # its prompt is computed: that was all
                 self._end(sequence, FinishReason.STOP)
                 continue
-            sequence.output_token_ids.append(token)
-            committed.append(CommittedToken(sequence, token, index))
-            self._register_fixed(sequence)  # a block of which this token was the last unknown one
-            stop = find_stop(sequence, self.max_len)
+            outputs, stop = sequence.output_token_ids, None
+            for token in tokens:
+                outputs.append(token)
+                stop = find_stop(sequence, self.max_len)
+                committed.append(CommittedToken(sequence, token, index, len(outputs), stop is not None))
+                if stop is not None:
+                    break
+            self._register_fixed(sequence)  # a block of which the last token was the last unknown one
             if stop is not None:
                 self._end(sequence, *stop)
         return committed
@@ -302,7 +295,8 @@ class Scheduler:
             void = self._in_flight.pop()
             for item in void.items:
                 if item.samples and not item.sequence.finished:
-                    item.sequence.num_pending -= 1
+                    item.sequence.num_pending -= 1 + len(item.drafts)
+                    item.sequence.num_pending_drafts -= len(item.drafts)
         for sequence in list(self._running):
             self._preempt(sequence)
         self.reset_prefix_cache()
@@ -320,7 +314,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
-        sequence.num_pending = 0  # what is in flight will be dropped
+        sequence.num_pending = sequence.num_pending_drafts = 0  # what is in flight will be dropped
         self._groups.note_finished(sequence)
 
     # --------------------------------------------------------------------------------------------------- looking inside
@@ -329,6 +323,16 @@ class Scheduler:
     def has_work(self) -> bool:
         """True while a sequence is not finished. Plans may be in flight even if not: their tokens will be dropped."""
         return len(self._groups) > 0
+
+    @property
+    def may_admit(self) -> bool:
+        """Whether sequences wait for which there is a row."""
+        return bool(self._waiting) and bool(self._free_rows)
+
+    @property
+    def running(self) -> abc.Iterable[Sequence]:
+        """Sequences that own a row, in the order in which they get tokens."""
+        return self._running
 
     @property
     def num_running(self) -> int:

@@ -137,16 +137,16 @@ def test_plans_are_committed_in_order_and_whole():
     first, second = engine.plan(), engine.plan()
     scheduler = engine.scheduler
     with pytest.raises(ValueError, match=r"plan 1 is not the oldest in flight: \[0, 1\]"):
-        scheduler.commit(second, [1])
+        scheduler.commit(second, [[1]])
     with pytest.raises(ValueError, match="has 1 items, but 2 tokens came"):
-        scheduler.commit(first, [1, 2])
+        scheduler.commit(first, [[1], [2]])
     engine.commit()
     with pytest.raises(ValueError, match="not the oldest"):
-        scheduler.commit(first, [1])
+        scheduler.commit(first, [[1]])
     with pytest.raises(ValueError, match="plan 0 is not in flight"):
         scheduler.fail(first)
-    with pytest.raises(ValueError, match="item 0 samples, but no token came"):
-        scheduler.commit(second, [None])
+    with pytest.raises(ValueError, match="item 0 samples after 0 drafts, and 0 tokens came"):
+        scheduler.commit(second, [[]])
 
 
 def test_aborting_an_unknown_or_ended_request_does_nothing():

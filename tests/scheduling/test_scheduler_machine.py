@@ -77,6 +77,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             fits_pool = length <= self.engine.pool.num_usable * BLOCK_SIZE
             assert not fits_pool or (not limits.enable_chunked_prefill and length > limits.max_num_batched_tokens)
 
+    @precondition(lambda self: self.running())
+    @rule(choice=st.integers(0, 100), num_right=st.integers(0, 6), num_wrong=st.integers(0, 2))
+    def draft(self, choice, num_right, num_wrong):
+        """Right drafts only where the host knows all tokens; others are wrong, which must not matter."""
+        running = self.running()
+        self.engine.draft(running[choice % len(running)], num_right, num_wrong)
+
     @precondition(lambda self: len(self.engine.in_flight) <= self.engine.depth)
     @rule()
     def plan(self):
@@ -118,6 +125,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_wrong(self):
         self.engine.scheduler.check_invariants()
+
+    def running(self) -> list[Sequence]:
+        return list(self.engine.scheduler.running)
 
     def unfinished(self) -> list[Sequence]:
         return [sequence for sequence in self.engine.truths if not sequence.finished]

@@ -133,9 +133,11 @@ class ToyDevice:
         self.pages: list[list[int | None]] = [[None] * self.limits.block_size for _ in range(self.num_blocks)]
         self.tables: list[list[int]] = [[] for _ in range(self.limits.max_num_seqs)]
         self.last_tokens: list[int | None] = [None] * self.limits.max_num_seqs
+        self.num_known: list[int] = [0] * self.limits.max_num_seqs
 
-    def run(self, plan: StepPlan, truths: dict[Sequence, Truth]) -> list[int | None]:
-        """Write all of the step, then read, as each layer does. Returns the sampled tokens, one per item.
+    def run(self, plan: StepPlan, truths: dict[Sequence, Truth]) -> list[list[int]]:
+        """Write all of the step, then read, as each layer does. Returns per item the drafts that were right and the
+        token sampled after them.
 
         Raises:
             AssertionError: the plan makes a sequence read or write what it must not.
@@ -160,8 +162,9 @@ class ToyDevice:
 
     def _write(self, item: ScheduledSequence, truth: Truth, written: set[tuple[int, int]]) -> None:
         table, size = self.tables[item.row], self.limits.block_size
-        tokens = item.sequence.token_ids(item.start, item.start + item.num_tokens)
-        for position, token in enumerate(tokens, item.start):
+        num_drafts = len(item.drafts)
+        tokens = item.sequence.token_ids(item.start, item.start + item.num_tokens - num_drafts)
+        for position, token in enumerate([*tokens, *item.drafts], self._start(item)):
             value = self.last_tokens[item.row] if token == -1 else token
             assert value is not None, "a pending token is not in the row"
             kv = self.pages[table[(position - 1) // size]][(position - 1) % size] if position else truth.root
@@ -171,16 +174,26 @@ class ToyDevice:
             written.add(slot)
             self.pages[slot[0]][slot[1]] = next_kv(kv, value)
 
-    def _attend(self, item: ScheduledSequence, truth: Truth) -> int | None:
-        stop = item.start + item.num_tokens
-        context = [kv for block in self.tables[item.row] for kv in self.pages[block]][:stop]
-        truth.extend(stop)
-        assert context == truth.kvs[:stop], "the pages do not hold the sequence's own prefix"
-        if not item.samples:
-            return None
-        token = truth.sample(truth.kvs[stop - 1])
-        self.last_tokens[item.row] = token
-        return token
+    def _start(self, item: ScheduledSequence) -> int:
+        """Position of the item's first token."""
+        return self.num_known[item.row] - 1 if item.is_relative else item.start
+
+    def _attend(self, item: ScheduledSequence, truth: Truth) -> list[int]:
+        known = self._start(item) + item.num_tokens - len(item.drafts)
+        sampled: list[int] = []
+        while True:
+            stop = known + len(sampled)
+            context = [kv for block in self.tables[item.row] for kv in self.pages[block]][:stop]
+            truth.extend(stop)
+            assert context == truth.kvs[:stop], "the pages do not hold the sequence's own prefix"
+            if not item.samples:
+                return []
+            token = truth.sample(truth.kvs[stop - 1])
+            sampled.append(token)
+            if len(sampled) > len(item.drafts) or item.drafts[len(sampled) - 1] != token:
+                break
+        self.last_tokens[item.row], self.num_known[item.row] = token, known + len(sampled)
+        return sampled
 
 
 class ToyEngine:
@@ -196,7 +209,7 @@ class ToyEngine:
         self.pool = BlockPool(num_blocks)
         self.scheduler = Scheduler(limits, self.pool)
         self.device = ToyDevice(num_blocks, limits)
-        self.in_flight: deque[tuple[StepPlan, list[int | None]]] = deque()
+        self.in_flight: deque[tuple[StepPlan, list[list[int]]]] = deque()
         self.truths: dict[Sequence, Truth] = {}
         self.stop_at: dict[Sequence, int] = {}
         self.tokens: dict[Sequence, list[int]] = {}
@@ -223,12 +236,25 @@ class ToyEngine:
     def commit(self) -> None:
         """Read the oldest step."""
         plan, sampled = self.in_flight.popleft()
-        for sequence, token, index in self.scheduler.commit(plan, sampled):
+        stopped: set[Sequence] = set()
+        for sequence, token, index, num_outputs, ends in self.scheduler.commit(plan, sampled):
             assert plan.items[index].sequence is sequence
+            if sequence in stopped:
+                continue
+            assert sequence.output_token_ids[num_outputs - 1] == token
+            assert sequence.finished or not ends
             self.tokens[sequence].append(token)
-            if self.stop_at.get(sequence) == len(sequence.output_token_ids):
-                self.scheduler.finish(sequence, FinishReason.STOP, "text")
+            if self.stop_at.get(sequence) == num_outputs:
+                self.scheduler.finish(sequence, FinishReason.STOP, "text", num_outputs)
+                stopped.add(sequence)
         self.check_invariants()
+
+    def draft(self, sequence: Sequence, num_right: int, num_wrong: int) -> None:
+        """Guess what follows the tokens that the host knows of a sequence."""
+        known = len(sequence.output_token_ids)
+        outputs = self.truths[sequence].outputs(known + num_right + num_wrong)[known:]
+        wrong = [(token + 1) % VOCAB for token in outputs[num_right:]]
+        sequence.draft_token_ids = (*outputs[:num_right], *wrong)
 
     def step(self) -> None:
         """One turn of the loop: keep `depth` plans in flight, if there are so many."""
