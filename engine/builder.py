@@ -23,6 +23,7 @@ from engine.runtime.executor import Executor
 from engine.runtime.limits import RuntimeLimits, resolve_limits
 from engine.runtime.memory import MemoryLedger, memory_limit, plan_blocks, require_one_request
 from engine.runtime.progress import Report, progress_bar
+from engine.runtime.speculation import make_speculator
 from engine.runtime.threads import pin_workers
 from engine.sampling_params import SamplingParams, sampling_defaults
 from engine.scheduling.block_pool import BlockPool
@@ -159,6 +160,7 @@ def _build(config: EngineConfig) -> BuiltEngine:
         OutputProcessor(tokenizer),
         CoreOptions(overlap=config.scheduler.async_scheduling),
         grammars.result(),
+        make_speculator(config.speculative.settings, executor),
     )
     model_limits = ModelLimits(
         loaded.config.vocab_size, limits.max_model_len, config.load.max_logprobs, loaded.config.eos_token_ids

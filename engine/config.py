@@ -7,6 +7,7 @@ the command line flags.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass, field, fields
@@ -15,6 +16,7 @@ from types import NoneType
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.speculative.settings import SpeculativeSettings, parse_speculative
 from models.quantization.schemes import SCHEMES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -190,7 +192,26 @@ class KernelConfig:
         _check_choice("matmul_implementation", self.matmul_implementation, IMPLEMENTATIONS)
 
 
-PARTS = ("load", "cache", "scheduler", "compile", "kernels")
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig:
+    """Speculative decoding."""
+
+    speculative_config: str | None = _setting(
+        None, 'guess tokens to come: a JSON object such as {"method": "ngram", "num_speculative_tokens": 5}'
+    )
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if self.speculative_config is not None:
+            parse_speculative(self.speculative_config)
+
+    @property
+    def settings(self) -> SpeculativeSettings | None:
+        """What it says; None if it is not set."""
+        return None if self.speculative_config is None else parse_speculative(self.speculative_config)
+
+
+PARTS = ("load", "cache", "scheduler", "compile", "kernels", "speculative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +223,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
 
     def flat(self) -> dict[str, Any]:
         """All settings by name, plain values: what `from_flat` makes an equal configuration of."""
@@ -221,8 +243,15 @@ class EngineConfig:
             raise ConfigError(f"Unknown setting {', '.join(unknown)}. Known settings: {', '.join(sorted(owners))}.")
         grouped: dict[str, dict[str, Any]] = {part: {} for part in part_types}
         for name, value in settings.items():
-            grouped[owners[name]][name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+            grouped[owners[name]][name] = _plain(value)
         return cls(**{part: part_types[part](**values) for part, values in grouped.items()})  # type: ignore[operator]
+
+
+def _plain(value: Any) -> Any:
+    """A setting as its part keeps it: paths and JSON objects as text."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return json.dumps(value) if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ thing: it is dispatched as ever, and while it runs the host reads N, fills the m
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -25,15 +24,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.errors import EngineDeadError, InvalidRequestError, QueueFullError
+from engine.logprobs import add_logprobs, add_prompt_score
 from engine.metrics import EngineStats
 from engine.output_processor import OutputProcessor, RequestRecord, stamp
 from engine.outputs import RequestOutput
 from engine.requests.request import Request
-from engine.requests.sequence import FinishReason, Sequence
-from engine.runtime.executor import Executor, InFlightStep, PromptScore, StepResult, needs_full_logprobs
+from engine.requests.sequence import FinishReason, Sequence, SequenceStatus
+from engine.runtime.buckets import Bucket
+from engine.runtime.executor import Executor, InFlightStep, StepResult
 from engine.runtime.pooling import PooledPart
 from engine.scheduling.plan import StepPlan
+from engine.scheduling.results import CommittedToken
 from engine.scheduling.scheduler import Scheduler
+from engine.speculative.speculator import Speculator
 from engine.structured.compiler import GrammarCompiler
 from engine.structured.masks import DeadEnd, MaskedRow, MaskFiller
 from engine.structured.matcher import MatcherState
@@ -55,6 +58,7 @@ class EngineCore:
 
     Args:
         grammars: of structured outputs; None without a tokenizer.
+        speculator: guesses tokens to come; None without speculative decoding.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class EngineCore:
         outputs: OutputProcessor,
         options: CoreOptions,
         grammars: GrammarCompiler | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -72,6 +77,7 @@ class EngineCore:
         self.timeline = Timeline()
         self._failures_in_a_row = 0
         self.grammars = grammars
+        self._speculator = speculator
         self._masks = (
             None if grammars is None else MaskFiller(grammars.vocab_size, grammars.num_tokens, grammars.eos_token_ids)
         )
@@ -79,6 +85,8 @@ class EngineCore:
         self._options = options
         self._records: dict[str, RequestRecord] = {}
         self._in_flight: deque[InFlightStep] = deque()
+        self._started: deque[float] = deque()  # when each of them was dispatched
+        self._collected_at = 0.0
         self._touched: dict[str, RequestRecord] = {}
 
     def add(self, request: Request) -> None:
@@ -136,12 +144,30 @@ class EngineCore:
         Raises:
             EngineDeadError: `MOST_FAILURES_IN_A_ROW` steps failed and none succeeded between them.
         """
+        if self._speculator is not None:
+            self._draft(self._speculator)
         self._dispatch_next()
         keep = 1 if self._options.overlap else 0
         # Nothing new to dispatch: read what is in flight, or the pipeline would never drain.
         if self._in_flight and (len(self._in_flight) > keep or not self._dispatched):
             self._collect_oldest()
         return self._drain()
+
+    def _draft(self, speculator: Speculator) -> None:
+        """Give drafts to the sequences of the next step, if that pays. Guesses are made from all tokens before them, so
+        a step in flight is read first: that is the price of a step with drafts, and part of its time.
+        """
+        scheduler = self.scheduler
+        if scheduler.may_admit:
+            return
+        decoding = [sequence for sequence in scheduler.running if sequence.wants_tokens]
+        if not decoding or any(sequence.num_uncomputed > 1 for sequence in decoding) or not speculator.pays(decoding):
+            return
+        while self._in_flight:
+            self._collect_oldest()
+        decoding = [sequence for sequence in scheduler.running if sequence.wants_tokens]
+        if decoding and speculator.pays(decoding):
+            speculator.give(decoding)
 
     def _dispatch_next(self) -> None:
         self._dispatched = False
@@ -163,6 +189,7 @@ class EngineCore:
         if step is None:
             return
         self._in_flight.append(step)
+        self._started.append(now)
         self._dispatched = True
         reading = self.stats.collect_s + self.stats.commit_s - read_before
         dispatch_s = time.perf_counter() - planned - reading
@@ -173,36 +200,41 @@ class EngineCore:
         """Start a step; None if an earlier one failed meanwhile, which voids this one."""
         if self._num_structured == 0:
             return self.executor.dispatch(plan)
-        constrained = [item.sequence for item in plan.items if item.samples and item.sequence.matcher is not None]
+        constrained = [item for item in plan.items if item.samples and item.sequence.matcher is not None]
         if not constrained:
             return self.executor.dispatch(plan)
         started, failed_before = self.executor.forward(plan), self.stats.num_failed_steps
         # More than this step's own token is pending: a step in flight holds one that the matcher must see first.
-        while self._in_flight and any(sequence.num_pending > 1 for sequence in constrained):
+        while self._in_flight and any(item.sequence.num_pending > 1 + len(item.drafts) for item in constrained):
             self._collect_oldest()
         if self.stats.num_failed_steps > failed_before:
             return None
-        return self.executor.sample(started, self._make_mask(plan, started.bucket.num_seqs))
+        return self.executor.sample(started, self._make_mask(plan, started.bucket))
 
-    def _make_mask(self, plan: StepPlan, num_seqs: int) -> np.ndarray | None:
-        """int32[S, W] of rows that follow a grammar; None if all have ended. Ends those for which nothing is left."""
+    def _make_mask(self, plan: StepPlan, bucket: Bucket) -> np.ndarray | None:
+        """int32[S * L, W] of rows that follow a grammar; None if all have ended. Ends those for which nothing is left.
+
+        Args:
+            plan: the step.
+            bucket: with L rows of logits of each sequence.
+        """
         assert self._masks is not None
         rows = [
-            MaskedRow(index, item.sequence.matcher, item.sequence.request)
+            MaskedRow(index * bucket.num_logits, item.sequence.matcher, item.sequence.request, item.drafts)
             for index, item in enumerate(plan.items)
             if item.samples and item.sequence.matcher is not None and not item.sequence.finished
         ]
         if not rows:
             return None
-        mask, dead_ends = self._masks.fill(rows, num_seqs)
+        mask, dead_ends = self._masks.fill(rows, bucket.num_logit_rows)
         for end in dead_ends:
-            self._end_grammar(plan.items[end.index].sequence, end)
+            self._end_grammar(plan.items[end.index // bucket.num_logits].sequence, end)
         return mask
 
-    def _end_grammar(self, sequence: Sequence, end: DeadEnd) -> None:
+    def _end_grammar(self, sequence: Sequence, end: DeadEnd, num_outputs: int | None = None) -> None:
         record = self._records[sequence.request.request_id]
         if end.complete:
-            self.scheduler.finish(sequence, FinishReason.STOP)
+            self.scheduler.finish(sequence, FinishReason.STOP, num_outputs=num_outputs)
         else:
             record.error = f"structured_outputs: {end.error}."
             for other in record.sequences:
@@ -224,11 +256,20 @@ class EngineCore:
             result = self.executor.collect(step)
         except Exception as error:
             self._in_flight.clear()  # later steps built on this one
+            self._started.clear()
             self._fail(step.plan, error)
             return
         self._in_flight.popleft()
         self._failures_in_a_row = 0
-        self.timeline.on_collected(step.plan.step_id, time.monotonic())
+        now = time.monotonic()
+        self.timeline.on_collected(step.plan.step_id, now)
+        if self._speculator is not None:
+            # The device took it up when it was dispatched, or when it was done with the one before.
+            seconds, shape = now - max(self._started[0], self._collected_at), step.bucket
+            drafts = shape.num_logits > 1
+            self._speculator.observe_time(shape.num_tokens, shape.num_seqs, seconds, drafts=drafts)
+        self._started.popleft()
+        self._collected_at = now
         collected = time.perf_counter()
         self._commit(result)
         self.stats.on_commit(collected - started, time.perf_counter() - collected)
@@ -255,36 +296,54 @@ class EngineCore:
 
     def _commit(self, result: StepResult) -> None:
         for score in result.prompt_scores:
-            self._commit_prompt_score(score)
+            add_prompt_score(score, self.outputs.describe)
         for part in result.pooled:
             self._commit_pooled(part)
-        tokens = result.tokens.tolist()
-        for committed in self.scheduler.commit(result.plan, tokens):
+        if result.plan.has_drafts:
+            self.stats.on_drafts(result.plan, result.tokens)
+        cut: Sequence | None = None  # ended by a token that was not the last of this step
+        for committed in self.scheduler.commit(result.plan, result.tokens):
             sequence = committed.sequence
+            if sequence is cut:
+                continue
             record = self._records[sequence.request.request_id]
             if sequence.first_token_ts is None:
                 self.stats.on_first_token(sequence)
             self.stats.generation_tokens += 1
             stamp(sequence)
             if sequence.output_logprobs is not None:
-                self._commit_logprobs(sequence, committed.token_id, committed.index, result)
-            stop = self.outputs.push(record, sequence, committed.token_id)
-            if stop is not None:
-                self.scheduler.finish(sequence, FinishReason.STOP, stop)
-            if sequence.matcher is not None:
-                self._advance_grammar(sequence, committed.token_id)
+                row = committed.item * result.num_logits + committed.place
+                add_logprobs(sequence, committed.token_id, row, result, self.outputs.describe)
+            if self._ends(record, committed):
+                cut = sequence
             self._touch(record)
+        if self._speculator is not None:
+            self._note_tokens(self._speculator, result)
 
-    def _advance_grammar(self, sequence: Sequence, token: int) -> None:
-        """Feed a token that was just committed; ends the sequence if nothing may follow."""
-        matcher = sequence.matcher
-        if matcher is None or sequence.finish_reason not in (None, FinishReason.LENGTH):
-            return
-        matcher.accept((token,))
-        state = matcher.state
-        if state is not MatcherState.OPEN:
-            complete = state is MatcherState.COMPLETE
-            self._end_grammar(sequence, DeadEnd(-1, complete, "" if complete else matcher.error))
+    def _note_tokens(self, speculator: Speculator, result: StepResult) -> None:
+        for item, tokens in zip(result.plan.items, result.tokens, strict=True):
+            sequence = item.sequence
+            # One that lost its row, or is being pooled, drafts nothing.
+            if item.samples and sequence.status is SequenceStatus.RUNNING and sequence.request.pooling is None:
+                speculator.on_tokens(sequence, tokens, len(item.drafts))
+
+    def _ends(self, record: RequestRecord, committed: CommittedToken) -> bool:
+        """Feed a token that was just committed to text and grammar; ends the sequence if they say so."""
+        sequence, token, matcher = committed.sequence, committed.token_id, committed.sequence.matcher
+        reason = sequence.finish_reason if committed.ends else None
+        stop = self.outputs.push(record, sequence, token, committed.ends, reason is FinishReason.STOP)
+        if stop is not None:
+            self.scheduler.finish(sequence, FinishReason.STOP, stop, committed.num_outputs)
+        elif matcher is None or reason not in (None, FinishReason.LENGTH):
+            return committed.ends
+        else:
+            matcher.accept((token,))
+            state = matcher.state
+            if state is MatcherState.OPEN:
+                return committed.ends
+            end = DeadEnd(-1, True, "") if state is MatcherState.COMPLETE else DeadEnd(-1, False, matcher.error)
+            self._end_grammar(sequence, end, committed.num_outputs)
+        return True
 
     def _commit_pooled(self, part: PooledPart) -> None:
         """Add to a sum, before the scheduler ends the sequence. A sum that begins anew forgets what was before."""
@@ -295,46 +354,6 @@ class EngineCore:
         if part.is_last:
             self.stats.on_first_token(part.sequence)
             self._touch(record)
-
-    def _commit_logprobs(self, sequence: Sequence, token: int, index: int, result: StepResult) -> None:
-        asked = sequence.request.params.logprobs
-        assert asked is not None and sequence.output_logprobs is not None
-        sampled = result.sampled.logprobs
-        assert sampled is not None, "a request with logprobs makes the sampler's variant FULL"
-        chosen, rank = float(sampled.logprob[index]), int(sampled.rank[index])
-        if needs_full_logprobs(asked):
-            assert result.full_logprobs is not None
-            candidates = _candidates(result.full_logprobs[index], asked)
-        else:
-            candidates = (sampled.top_ids[index, :asked].tolist(), sampled.top_logprobs[index, :asked].tolist())
-        sequence.output_logprobs.append(self._position(token, chosen, rank, *candidates))
-        sequence.cumulative_logprob += chosen
-
-    def _commit_prompt_score(self, score: PromptScore) -> None:
-        sequence = score.sequence
-        known, asked = sequence.prompt_logprobs, sequence.request.params.prompt_logprobs
-        assert known is not None and asked is not None
-        scores = score.scores
-        for offset in range(score.count):
-            position = score.first + offset
-            if position != len(known):
-                continue  # computed again after a preemption
-            token = sequence.request.prompt_token_ids[position]
-            if score.full is not None:
-                candidates = _candidates(np.asarray(score.full[offset]), asked)
-            else:
-                candidates = (scores.top_ids[offset, :asked].tolist(), scores.top_logprobs[offset, :asked].tolist())
-            known.append(self._position(token, float(scores.logprob[offset]), int(scores.rank[offset]), *candidates))
-
-    def _position(self, token: int, logprob: float, rank: int, top: list[int], top_logprobs: list[float]) -> dict:
-        """The candidates of one position, the chosen token first, as vLLM orders them."""
-        tokens, logprobs, ranks = [token], [logprob], [rank]
-        for place, (candidate, value) in enumerate(zip(top, top_logprobs, strict=True), start=1):
-            if candidate != token and value != -math.inf:  # what a grammar forbids is no candidate
-                tokens.append(candidate)
-                logprobs.append(value)
-                ranks.append(place)
-        return self.outputs.describe(tokens, logprobs, ranks)
 
     def _touch(self, record: RequestRecord) -> None:
         self._touched[record.request.request_id] = record
@@ -348,16 +367,13 @@ class EngineCore:
             if record.finished:
                 self._records.pop(request_id, None)
                 self.timeline.close(record.request, time.monotonic())
+                if self._speculator is not None:
+                    for sequence in record.sequences:
+                        self._speculator.forget(sequence)
                 self._num_structured -= record.request.params.structured_outputs is not None
                 self.stats.on_finish(record.sequences)
         self._touched.clear()
         return ready
-
-
-def _candidates(logprobs: np.ndarray, asked: int) -> tuple[list[int], list[float]]:
-    """The `asked` most probable tokens (-1 = all) of float32[V], best first."""
-    order = np.argsort(-logprobs, kind="stable")[: None if asked == -1 else asked]
-    return order.tolist(), logprobs[order].tolist()
 
 
 def describe_plan(plan: StepPlan) -> str:

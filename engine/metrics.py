@@ -25,6 +25,9 @@ class EngineStats:
         generation_tokens: tokens that sequences got.
         finished: finish reason -> number of sequences.
         num_failed_steps: steps that raised.
+        num_drafts, num_draft_tokens, num_accepted_tokens: how often a sequence had drafts in a step, how many they
+            were, and how many were right.
+        accepted_at: [place], how often the draft in that place was right.
         plan_s, dispatch_s, collect_s, commit_s: host time in each part of the loop; collect includes waiting for the
             device.
     """
@@ -40,6 +43,10 @@ class EngineStats:
     generation_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     num_failed_steps: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_at: list[int] = field(default_factory=list)
     plan_s: float = 0.0
     dispatch_s: float = 0.0
     collect_s: float = 0.0
@@ -58,6 +65,17 @@ class EngineStats:
         self.step_tokens[num_tokens] += 1
         self.plan_s += plan_s
         self.dispatch_s += dispatch_s
+
+    def on_drafts(self, plan: StepPlan, tokens: list[list[int]]) -> None:
+        """A step that verified drafts was read; `tokens` are what its items got."""
+        for item, got in zip(plan.items, tokens, strict=True):
+            if item.drafts:
+                self.num_drafts += 1
+                self.num_draft_tokens += len(item.drafts)
+                self.num_accepted_tokens += len(got) - 1
+                self.accepted_at += [0] * (len(item.drafts) - len(self.accepted_at))
+                for place in range(len(got) - 1):
+                    self.accepted_at[place] += 1
 
     def on_commit(self, collect_s: float, commit_s: float) -> None:
         """A step was read and its tokens delivered."""

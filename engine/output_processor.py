@@ -76,8 +76,17 @@ class OutputProcessor:
             record.completions.append(_Completion(sequence, text))
         return record
 
-    def push(self, record: RequestRecord, sequence: Sequence, token: int) -> str | None:
+    def push(
+        self, record: RequestRecord, sequence: Sequence, token: int, ends: bool, is_stop_token: bool
+    ) -> str | None:
         """Feed a token that was just committed.
+
+        Args:
+            record: of the sequence's request.
+            sequence: whose.
+            token: the next one of its text.
+            ends: whether it is the last.
+            is_stop_token: whether it is the last because it is EOS or a stop token.
 
         Returns:
             The stop string that this token completed, or None. If the sequence has not ended otherwise, the caller
@@ -86,7 +95,7 @@ class OutputProcessor:
         text = record.completions[sequence.index].text
         if text is None:
             return None
-        text.push([token], finished=sequence.finished, stop_token=sequence.finish_reason is FinishReason.STOP)
+        text.push([token], finished=ends, stop_token=is_stop_token)
         return text.stop_match
 
     def output(self, record: RequestRecord) -> RequestOutput | None:

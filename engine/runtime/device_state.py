@@ -31,15 +31,29 @@ class ForwardState:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class RowTokens:
+    """What each row knows of its sequence, before the host does.
+
+    Attributes:
+        last_token: int32[R+1], the token that each row sampled last.
+        num_known: int32[R+1], tokens of the sequence, that one included.
+    """
+
+    last_token: jax.Array
+    num_known: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class SampleState:
     """What sampling advances.
 
     Attributes:
-        last_token: int32[R+1], the token that each row sampled last.
+        rows: the last token of each row's sequence, and how many it has.
         sampler: counts, biases and stop ids of the rows that need them.
     """
 
-    last_token: jax.Array
+    rows: RowTokens
     sampler: SamplerState
 
 
@@ -50,5 +64,5 @@ def make_forward_state(layout: KVLayout, num_layers: int, num_rows: int, max_blo
 
 
 def make_sample_state(num_rows: int, sampler: SamplerState) -> SampleState:
-    """Zeroed last tokens for R rows."""
-    return SampleState(jnp.zeros((num_rows + 1,), jnp.int32), sampler)
+    """Zeroed tokens for R rows."""
+    return SampleState(RowTokens(*(jnp.zeros((num_rows + 1,), jnp.int32) for _ in range(2))), sampler)

@@ -20,7 +20,15 @@ from engine.runtime.pooling import POOL_ROWS, pool_rows
 from engine.runtime.progress import Report
 from engine.runtime.sampling import SamplerVariant, make_state, state_size_bytes, warm_up_rows
 from engine.runtime.sampling.inputs import WIDTH
-from engine.runtime.step import PROMPT_LOGPROB_ROWS, forward, mask_logits, sample_step, score_prompt, update_tables
+from engine.runtime.step import (
+    PROMPT_LOGPROB_ROWS,
+    forward,
+    mask_logits,
+    sample_step,
+    score_prompt,
+    update_tables,
+    verify_step,
+)
 from engine.structured.masks import mask_width
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -126,7 +134,7 @@ class ModelProgram:
     @property
     def buckets(self) -> BucketTable:
         """The step shapes."""
-        return BucketTable(self.limits.max_num_batched_tokens, self.limits.max_num_seqs)
+        return BucketTable(self.limits.max_num_batched_tokens, self.limits.max_num_seqs, self.limits.num_drafts)
 
     def layout(self, bucket: Bucket) -> StepLayout:
         """The packed array of a bucket."""
@@ -134,11 +142,10 @@ class ModelProgram:
 
     def lower_forward(self, bucket: Bucket, params: Params) -> Any:
         """Trace and lower the forward pass of one bucket (no device memory is touched: shapes are enough)."""
-        state, _ = self.state_shapes()
+        state, sample_state = self.state_shapes()
         layout = self.layout(bucket)
-        last_token = jax.ShapeDtypeStruct((self.limits.max_num_seqs + 1,), jnp.int32)
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        shapes = (_shapes(params), state, last_token, packed)
+        shapes = (_shapes(params), state, sample_state.rows, packed)
         return _lower(forward, *shapes, donate=STATE, model=self.model, layout=layout)
 
     def lower_sample(self, num_seqs: int, variant: SamplerVariant) -> Any:
@@ -148,10 +155,17 @@ class ModelProgram:
         sampling = jax.ShapeDtypeStruct((num_seqs, WIDTH), jnp.int32)
         return _lower(sample_step, logits, sampling, state, donate=STATE, variant=variant)
 
-    def lower_mask(self, num_seqs: int) -> Any:
-        """Trace and lower the grammar mask of so many sequences."""
-        logits = jax.ShapeDtypeStruct((num_seqs, self.config.vocab_size), jnp.float32)
-        mask = jax.ShapeDtypeStruct((num_seqs, mask_width(self.config.vocab_size)), jnp.int32)
+    def lower_verify(self, bucket: Bucket, variant: SamplerVariant) -> Any:
+        """Trace and lower the verification of a bucket's drafts."""
+        _, state = self.state_shapes()
+        logits = jax.ShapeDtypeStruct((bucket.num_logit_rows, self.config.vocab_size), jnp.float32)
+        sampling = jax.ShapeDtypeStruct((bucket.num_seqs, WIDTH + bucket.num_logits), jnp.int32)
+        return _lower(verify_step, logits, sampling, state, donate=STATE, variant=variant)
+
+    def lower_mask(self, num_rows: int) -> Any:
+        """Trace and lower the grammar mask of so many rows of logits."""
+        logits = jax.ShapeDtypeStruct((num_rows, self.config.vocab_size), jnp.float32)
+        mask = jax.ShapeDtypeStruct((num_rows, mask_width(self.config.vocab_size)), jnp.int32)
         return _lower(mask_logits, logits, mask, donate=("logits",))
 
     @property
@@ -170,16 +184,20 @@ class Executables:
         return len(self._compiled)
 
     def forward(self, bucket: Bucket) -> Compiled:
-        """(params, state, last_token, packed) -> (hidden, logits, sampling, state)."""
+        """(params, state, known, packed) -> (hidden, logits, sampling, state)."""
         return self._compiled["forward", bucket]
 
     def sample(self, num_seqs: int, variant: SamplerVariant) -> Compiled:
         """(logits, sampling, state) -> (sampled, state)."""
         return self._compiled["sample", num_seqs, variant]
 
-    def mask(self, num_seqs: int) -> Compiled:
+    def verify(self, bucket: Bucket, variant: SamplerVariant) -> Compiled:
+        """(logits, sampling, state) -> (sampled, state)."""
+        return self._compiled["verify", bucket, variant]
+
+    def mask(self, num_rows: int) -> Compiled:
         """(logits, mask) -> logits."""
-        return self._compiled["mask", num_seqs]
+        return self._compiled["mask", num_rows]
 
     def pool(self, num_tokens: int) -> Compiled:
         """(hidden [T, E], ranges [P, 2]) -> sums [P, E], P = `POOL_ROWS`."""
@@ -216,7 +234,12 @@ def compile_program(program: ModelProgram, params: Params, config: CompileConfig
         for variant in SamplerVariant:
             name = f"{variant.name.lower()} sampling of {seqs} sequences"
             job(("sample", seqs, variant), name, partial(program.lower_sample, seqs, variant))
-        job(("mask", seqs), f"grammar masks of {seqs} sequences", partial(program.lower_mask, seqs))
+    for bucket in buckets.verify():
+        for variant in SamplerVariant:
+            name = f"{variant.name.lower()} verification of {bucket.num_seqs} sequences"
+            job(("verify", bucket, variant), name, partial(program.lower_verify, bucket, variant))
+    for rows in sorted({b.num_logit_rows for b in buckets.all()}):
+        job(("mask", rows), f"grammar masks of {rows} rows", partial(program.lower_mask, rows))
     hidden = array((PROMPT_LOGPROB_ROWS, program.config.hidden_size), program.limits.dtype)
     targets = array((PROMPT_LOGPROB_ROWS,), jnp.int32)
     job("score", "prompt scores", partial(_lower, score_prompt, _shapes(params), hidden, targets, model=program.model))

@@ -62,9 +62,9 @@ class StartedStep(NamedTuple):
         plan: the step.
         bucket: T tokens, S sequences.
         variant: of the sampler.
-        logits: float32[S, V], of each sequence's last token.
+        logits: float32[S * L, V], of each sequence's last token, and in verify buckets of its drafts.
         hidden: [T, E] after the final norm.
-        sampling: int32[S, W], sampling parameters.
+        sampling: int32[S, W], sampling parameters; in verify buckets with drafts behind them.
     """
 
     plan: StepPlan
@@ -81,8 +81,8 @@ class InFlightStep:
 
     Attributes:
         plan: the step.
-        sampled: what was sampled, per sequence of the bucket.
-        logits: float32[S, V], masked by grammars, if a sampling sequence asks for more candidates than the sampler
+        sampled: what was sampled, per row of logits of the bucket.
+        logits: float32[S * L, V], masked by grammars, if a sampling sequence asks for more candidates than the sampler
             returns.
         hidden: [T, E] if a sequence asks for the logprobs of its prompt.
         bucket: the shape that it runs in.
@@ -103,15 +103,17 @@ class StepResult:
 
     Attributes:
         plan: the step.
-        tokens: int32[n], per item of the plan; meaningful where the item samples.
-        sampled: all of the sampler's outputs, rows as the plan's items.
-        full_logprobs: float32[S, V] or None.
+        tokens: per item of the plan, the tokens that it got; meaningful where the item samples.
+        num_logits: rows of each item in `sampled` and `full_logprobs`.
+        sampled: all of the sampler's outputs.
+        full_logprobs: float32[S * L, V] or None.
         prompt_scores: parts of prompts that were scored.
         pooled: parts of the sums of pooled sequences.
     """
 
     plan: StepPlan
-    tokens: np.ndarray
+    tokens: list[list[int]]
+    num_logits: int
     sampled: SampledTokens
     full_logprobs: np.ndarray | None
     prompt_scores: tuple[PromptScore, ...]
@@ -152,7 +154,7 @@ class Executor:
 
     def forward(self, plan: StepPlan) -> StartedStep:
         """Start the forward pass of one step and return at once. `sample` must follow before the next step's."""
-        bucket = self.program.buckets.choose(plan.num_tokens, len(plan.items))
+        bucket = self.program.buckets.choose(plan.num_tokens, len(plan.items), plan.has_drafts)
         layout = self.program.layout(bucket)
         for item in plan.items:
             if item.starts_row:
@@ -164,7 +166,7 @@ class Executor:
         sampling_rows = self._sampling_rows(plan, bucket.num_seqs)
         packed = pack_step(plan, layout, updates, sampling_rows)
         hidden, logits, sampling, self._forward_state = self._run.forward(bucket)(
-            self._params, self._forward_state, self._sample_state.last_token, packed
+            self._params, self._forward_state, self._sample_state.rows, packed
         )
         return StartedStep(plan, bucket, choose_variant(sampling_rows), logits, hidden, sampling)
 
@@ -173,13 +175,16 @@ class Executor:
 
         Args:
             started: whose forward pass runs.
-            mask: int32[S, W], a bit per token, if a sequence follows a grammar; not changed afterwards, since the
+            mask: int32[S * L, W], a bit per token, if a sequence follows a grammar; not changed afterwards, since the
                 device may read it in place.
         """
         plan, logits, hidden = started.plan, started.logits, started.hidden
         if mask is not None:
-            logits = self._run.mask(started.bucket.num_seqs)(logits, mask)
-        sample = self._run.sample(started.bucket.num_seqs, started.variant)
+            logits = self._run.mask(started.bucket.num_logit_rows)(logits, mask)
+        if started.bucket.num_logits > 1:
+            sample = self._run.verify(started.bucket, started.variant)
+        else:
+            sample = self._run.sample(started.bucket.num_seqs, started.variant)
         sampled, self._sample_state = sample(logits, started.sampling, self._sample_state)
         step = InFlightStep(
             plan,
@@ -194,14 +199,39 @@ class Executor:
         jax.tree.map(lambda array: array.copy_to_host_async(), step.sampled)
         return step
 
+    def run_empty(self, bucket: Bucket) -> SampledTokens:
+        """Run a step of padding, which changes nothing that is ever read: to learn how long it takes."""
+        layout, variant = self.program.layout(bucket), SamplerVariant.GREEDY
+        sampling = self._row_params[np.full(bucket.num_seqs, self.program.limits.max_num_seqs)]
+        sampling[:, Column.ROW] = self.program.limits.max_num_seqs
+        packed = pack_step(StepPlan(-1, ()), layout, (), sampling)
+        # Each sequence as long as the shape allows, so that all rows are computed.
+        rows = bucket.num_tokens // bucket.num_seqs
+        views = layout.views(packed)
+        views["num_seqs"][0] = bucket.num_seqs
+        views["query_start"][:] = np.arange(bucket.num_seqs + 1) * rows
+        views["context_lens"][:] = rows
+        _, logits, block, self._forward_state = self._run.forward(bucket)(
+            self._params, self._forward_state, self._sample_state.rows, packed
+        )
+        many = bucket.num_logits > 1
+        sample = self._run.verify(bucket, variant) if many else self._run.sample(bucket.num_seqs, variant)
+        sampled, self._sample_state = sample(logits, block, self._sample_state)
+        return sampled
+
     def collect(self, step: InFlightStep) -> StepResult:
         """Wait for a step and bring its outputs to the host."""
         sampled = jax.tree.map(np.asarray, step.sampled)
-        tokens = sampled.token[: len(step.plan.items)]
+        num_items, num_logits = len(step.plan.items), step.bucket.num_logits
+        if sampled.count is None:
+            tokens = [[token] for token in sampled.token[:num_items].tolist()]
+        else:
+            rows = sampled.token.reshape(-1, num_logits)[:num_items].tolist()
+            tokens = [row[:count] for row, count in zip(rows, sampled.count[:num_items].tolist(), strict=True)]
         full = None if step.logits is None else _log_softmax(step.logits)
         scores = () if step.hidden is None else tuple(self._score_prompts(step.plan, np.asarray(step.hidden)))
         pooled = tuple(part for group in step.pooled for part in group.parts())
-        return StepResult(step.plan, tokens, sampled, full, scores, pooled)
+        return StepResult(step.plan, tokens, num_logits, sampled, full, scores, pooled)
 
     def _update_tables(self, updates: list[tuple[int, int, int]]) -> None:
         packed = np.zeros((TABLE_UPDATES, UPDATE_WIDTH), np.int32)
@@ -215,7 +245,7 @@ class Executor:
         self._row_params[item.row] = pack_params(sequence.request, sequence.index)
         if needs_state(sequence.request):
             sampler = reset_row(self._sample_state.sampler, item.row, sequence.request, sequence.output_token_ids)
-            self._sample_state = SampleState(self._sample_state.last_token, sampler)
+            self._sample_state = SampleState(self._sample_state.rows, sampler)
 
     def _sampling_rows(self, plan: StepPlan, num_seqs: int) -> np.ndarray:
         """int32[S, W]; sequences that do not sample (a chunk, or only pooled), and padding, carry the padding row."""
@@ -226,7 +256,6 @@ class Executor:
         ]
         block = self._row_params[rows]
         block[:, Column.ROW] = rows
-        block[: len(plan.items), Column.POSITION] = [item.start + item.num_tokens for item in plan.items]
         return block
 
     def _score_prompts(self, plan: StepPlan, hidden: np.ndarray) -> Iterator[PromptScore]:

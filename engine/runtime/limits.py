@@ -26,6 +26,7 @@ class RuntimeLimits:
         block_size: P.
         dtype: of weights and activations.
         kv_dtype: of the KV cache.
+        num_drafts: most drafts of a sequence in a step; 0 without speculative decoding.
     """
 
     max_num_seqs: int
@@ -34,6 +35,7 @@ class RuntimeLimits:
     block_size: int
     dtype: str
     kv_dtype: str
+    num_drafts: int = 0
 
     @property
     def max_blocks_per_seq(self) -> int:
@@ -70,5 +72,12 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: str) -> Runt
             f"max_num_batched_tokens={tokens} must be at least max_num_seqs={seqs}: "
             "each running sequence needs a token per step."
         )
+    speculative = config.speculative.settings
+    num_drafts = 0 if speculative is None else speculative.num_speculative_tokens
+    if num_drafts + 1 > tokens:
+        raise ConfigError(
+            f"speculative_config: num_speculative_tokens={num_drafts} and a token of the sequence do not fit in "
+            f"max_num_batched_tokens={tokens}."
+        )
     kv_dtype = KV_DTYPES.get(config.cache.kv_cache_dtype, dtype)
-    return RuntimeLimits(seqs, tokens, length, config.cache.block_size, dtype, kv_dtype)
+    return RuntimeLimits(seqs, tokens, length, config.cache.block_size, dtype, kv_dtype, num_drafts)

@@ -3,10 +3,12 @@
 One transfer per step instead of a dozen; on a GPU one buffer whose address a command buffer can keep. The layout
 depends on the bucket alone, so the device unpacks it with static slices.
 
-    num_seqs | tokens[T] | query_start[S+1] | context_lens[S] | rows[S] | sampling[S, W] | updates[U, 3]
+    num_seqs | tokens[T] | query_start[S+1] | context_lens[S] | rows[S] | sampling[S, W] | updates[U, 3] | num_drafts[S]
 
-Token -1 means: the token that this row's sequence sampled last, which only the device knows yet. `updates` are new
-entries of the block tables, (row, index, block); row R, one past the last, is where padding goes.
+Token -1 means: the token that this row's sequence sampled last, which only the device knows yet. A context length below
+0 means that the device alone knows how many tokens the sequence has: -1 - d is as many as it has and d drafts.
+`updates` are new entries of the block tables, (row, index, block); row R, one past the last, is where padding goes.
+`num_drafts` is there in verify buckets only.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine.runtime.buckets import Bucket
-from engine.runtime.sampling.inputs import WIDTH
+from engine.runtime.device_state import RowTokens
+from engine.runtime.sampling.inputs import WIDTH, Column, with_drafts
 from engine.scheduling.plan import ScheduledSequence, StepPlan
 from pallas_kernels.ragged import RaggedBatch, token_positions, token_sequences
 
@@ -60,6 +63,8 @@ class StepLayout:
             "sampling": (seqs, WIDTH),
             "updates": (self.num_updates, UPDATE_WIDTH),
         }
+        if self.bucket.num_logits > 1:
+            shapes["num_drafts"] = (seqs,)
         offset, fields = 0, {}
         for name, shape in shapes.items():
             fields[name] = (offset, shape)
@@ -69,8 +74,7 @@ class StepLayout:
     @cached_property
     def size(self) -> int:
         """Length of the packed array, in int32 words."""
-        offset, shape = self.fields["updates"]
-        return offset + int(np.prod(shape))
+        return max(offset + int(np.prod(shape)) for offset, shape in self.fields.values())
 
     def views(self, packed: np.ndarray) -> dict[str, np.ndarray]:
         """Writable views of each field."""
@@ -84,28 +88,46 @@ class StepLayout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenRows:
-    """What the forward pass derives from the packed fields: int32[T] each, and int32[S] logit rows."""
+    """What the forward pass derives from the packed fields.
+
+    Attributes:
+        token_ids, positions: int32[T].
+        logit_rows: int32[S * L], token rows with logits, sequence by sequence; L = `Bucket.num_logits`.
+        sampling: int32[S, W] of one row of logits each, or `with_drafts` of more.
+        batch: lengths, offsets and block tables.
+    """
 
     token_ids: jax.Array
     positions: jax.Array
     logit_rows: jax.Array
+    sampling: jax.Array
     batch: RaggedBatch
 
 
-def token_rows(fields: dict[str, jax.Array], block_tables: jax.Array, last_token: jax.Array) -> TokenRows:
-    """Positions, token ids and the ragged batch of one step.
+def token_rows(fields: dict[str, jax.Array], block_tables: jax.Array, known: RowTokens, num_logits: int) -> TokenRows:
+    """Positions, token ids, the ragged batch and what sampling needs of one step.
 
     Args:
         fields: from `StepLayout.unpack`.
         block_tables: int32[R+1, B], this step's updates included.
-        last_token: int32[R+1], the token that each row sampled last.
+        known: what each row knows of its sequence.
+        num_logits: rows of logits of each sequence.
     """
-    rows, num_tokens = fields["rows"], fields["tokens"].shape[0]
-    batch = RaggedBatch(fields["query_start"], fields["context_lens"], block_tables[rows], fields["num_seqs"][0])
+    rows, num_tokens, context = fields["rows"], fields["tokens"].shape[0], fields["context_lens"]
+    context = jnp.where(context < 0, known.num_known[rows] - 1 - context, context)
+    batch = RaggedBatch(fields["query_start"], context, block_tables[rows], fields["num_seqs"][0])
     tokens = fields["tokens"]
-    tokens = jnp.where(tokens == FROM_DEVICE, last_token[rows[token_sequences(batch, num_tokens)]], tokens)
+    tokens = jnp.where(tokens == FROM_DEVICE, known.last_token[rows[token_sequences(batch, num_tokens)]], tokens)
     last_rows = jnp.maximum(fields["query_start"][1:] - 1, 0)
-    return TokenRows(tokens, token_positions(batch, num_tokens), last_rows, batch)
+    num_drafts = fields["num_drafts"] if num_logits > 1 else jnp.zeros_like(context)
+    sampling = fields["sampling"].at[:, Column.POSITION].set(context - num_drafts)
+    if num_logits > 1:
+        # A sequence's row before its drafts, then one for each draft; of those that it has not, any will do.
+        last_rows = (last_rows - num_drafts)[:, None] + jnp.arange(num_logits, dtype=jnp.int32)
+        last_rows = jnp.minimum(last_rows, num_tokens - 1)
+        sampling = with_drafts(sampling, num_drafts, tokens[last_rows[:, 1:]])
+        last_rows = last_rows.reshape(-1)
+    return TokenRows(tokens, token_positions(batch, num_tokens), last_rows, sampling, batch)
 
 
 def block_updates(items: Iterable[ScheduledSequence]) -> list[tuple[int, int, int]]:
@@ -126,7 +148,7 @@ def pack_step(
     Args:
         plan: what to run; must fit the layout's bucket.
         updates: at most `layout.num_updates` block table entries.
-        sampling: int32[S, W], sampling parameters, padding included.
+        sampling: int32[S, W], sampling parameters, padding included; the device fills in the positions.
     """
     packed = np.zeros(layout.size, np.int32)
     views = layout.views(packed)
@@ -135,12 +157,19 @@ def pack_step(
     lengths, offset, tokens = [], 0, views["tokens"]
     for item in plan.items:
         stop = offset + item.num_tokens
-        tokens[offset:stop] = item.sequence.token_ids(item.start, item.start + item.num_tokens)
+        tokens[offset:stop] = (
+            *item.sequence.token_ids(item.start, item.start + item.num_tokens - len(item.drafts)),
+            *item.drafts,
+        )
         lengths.append(item.num_tokens)
         offset = stop
     views["query_start"][1 : count + 1] = np.cumsum(lengths)
     views["query_start"][count + 1 :] = offset
-    views["context_lens"][:count] = [item.start + item.num_tokens for item in plan.items]
+    views["context_lens"][:count] = [
+        -1 - len(item.drafts) if item.is_relative else item.start + item.num_tokens for item in plan.items
+    ]
+    if layout.bucket.num_logits > 1:
+        views["num_drafts"][:count] = [len(item.drafts) for item in plan.items]
     views["rows"][:] = layout.num_rows
     views["rows"][:count] = [item.row for item in plan.items]
     views["sampling"][:] = sampling

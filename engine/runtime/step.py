@@ -12,9 +12,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from engine.runtime.device_state import ForwardState, SampleState
+from engine.runtime.device_state import ForwardState, RowTokens, SampleState
 from engine.runtime.packing import StepLayout, token_rows
-from engine.runtime.sampling import LogprobArrays, SampledTokens, SamplerVariant, prompt_logprobs, sample, unpack
+from engine.runtime.sampling import (
+    LogprobArrays,
+    SampledTokens,
+    SamplerVariant,
+    prompt_logprobs,
+    sample,
+    split_drafts,
+    unpack,
+    verify,
+)
 from models.decoder import Decoder
 from models.functional import FunctionalModel, Params
 from models.inputs import ForwardInputs
@@ -26,7 +35,7 @@ PROMPT_LOGPROB_ROWS = 32  # rows of logits held at a time while scoring a prompt
 def forward(
     params: Params,
     state: ForwardState,
-    last_token: jax.Array,
+    known: RowTokens,
     packed: jax.Array,
     *,
     model: FunctionalModel[Decoder],
@@ -37,21 +46,21 @@ def forward(
     Args:
         params: the weights.
         state: donated.
-        last_token: int32[R+1].
+        known: last tokens and lengths of the rows.
         packed: int32[layout.size].
 
     Returns:
-        hidden [T, E] after the final norm; logits float32[S, V] of each sequence's last token row; sampling parameters
-        int32[S, W]; the advanced state.
+        hidden [T, E] after the final norm; logits float32[S * L, V] of each sequence's last L token rows
+        (`Bucket.num_logits`); sampling parameters int32[S, W], with drafts behind them if L > 1; the advanced state.
     """
     fields = layout.unpack(packed)
     updates = fields["updates"]
     tables = state.block_tables.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="promise_in_bounds")
-    rows = token_rows(fields, tables, last_token)
+    rows = token_rows(fields, tables, known, layout.bucket.num_logits)
     bound = model.bind(params)
     hidden, cache = bound(ForwardInputs(rows.token_ids, rows.positions, rows.logit_rows, rows.batch), state.cache)
     logits = bound.logits(hidden[rows.logit_rows])
-    return hidden, logits, fields["sampling"], ForwardState(cache, tables)
+    return hidden, logits, rows.sampling, ForwardState(cache, tables)
 
 
 @partial(jax.jit, donate_argnames=("state",))
@@ -92,8 +101,34 @@ def sample_step(
     """
     inputs = unpack(sampling)
     sampled, sampler = sample(logits, inputs, state.sampler, variant)
-    last_token = state.last_token.at[inputs.row].set(sampled.token, mode="promise_in_bounds")
-    return sampled, SampleState(last_token, sampler)
+    return sampled, SampleState(_advanced(state.rows, inputs.row, sampled.token, inputs.position + 1), sampler)
+
+
+@partial(jax.jit, static_argnames=("variant",), donate_argnames=("state",))
+def verify_step(
+    logits: jax.Array, sampling: jax.Array, state: SampleState, *, variant: SamplerVariant
+) -> tuple[SampledTokens, SampleState]:
+    """Sample after the known tokens of each sequence and after its drafts, and remember the last token that counts.
+
+    Args:
+        logits: float32[S * L, V].
+        sampling: int32[S, W + L], see `sampling.with_drafts`.
+        state: donated.
+    """
+    block, num_drafts, draft_ids = split_drafts(sampling)
+    inputs = unpack(block)
+    sampled, sampler = verify(logits, inputs, num_drafts, draft_ids, state.sampler, variant)
+    assert sampled.count is not None
+    tokens = sampled.token.reshape(draft_ids.shape[0], -1)
+    last = jnp.take_along_axis(tokens, sampled.count[:, None] - 1, axis=1)[:, 0]
+    return sampled, SampleState(_advanced(state.rows, inputs.row, last, inputs.position + sampled.count), sampler)
+
+
+def _advanced(known: RowTokens, row: jax.Array, token: jax.Array, num_known: jax.Array) -> RowTokens:
+    return RowTokens(
+        known.last_token.at[row].set(token, mode="promise_in_bounds"),
+        known.num_known.at[row].set(num_known, mode="promise_in_bounds"),
+    )
 
 
 @partial(jax.jit, static_argnames=("model",))

@@ -15,6 +15,7 @@ class CommittedToken(NamedTuple):
         sequence: whose; `finish_reason` is set if the token was its last.
         token_id: already in `sequence.output_token_ids`, and so are those that the same step gave after it.
         item: position of the sequence in `plan.items`.
+        place: which of the tokens that the sequence got in the step, from 0.
         num_outputs: outputs up to this one.
         ends: whether this token is the sequence's last.
     """
@@ -22,6 +23,7 @@ class CommittedToken(NamedTuple):
     sequence: Sequence
     token_id: int
     item: int
+    place: int
     num_outputs: int
     ends: bool
 

@@ -261,10 +261,10 @@ class Scheduler:
                 self._end(sequence, FinishReason.STOP)
                 continue
             outputs, stop = sequence.output_token_ids, None
-            for token in tokens:
+            for place, token in enumerate(tokens):
                 outputs.append(token)
                 stop = find_stop(sequence, self.max_len)
-                committed.append(CommittedToken(sequence, token, index, len(outputs), stop is not None))
+                committed.append(CommittedToken(sequence, token, index, place, len(outputs), stop is not None))
                 if stop is not None:
                     break
             self._register_fixed(sequence)  # a block of which the last token was the last unknown one

@@ -22,11 +22,13 @@ class MaskedRow:
         index: of the row in the step.
         matcher: of its sequence, all tokens read so far accepted.
         request: its request.
+        drafts: guesses of its next tokens; the row after each of them is one more row of the mask.
     """
 
     index: int
     matcher: GrammarMatcher
     request: Request
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,34 @@ class MaskFiller:
         dead = [end for row in rows if (end := self._restrict(row, mask[row.index])) is not None]
         for end in dead:
             mask[end.index] = -1
+        ended = {end.index for end in dead}
+        for row in rows:
+            if row.drafts and row.index not in ended:
+                self._fill_drafts(row, mask)
         return mask, dead
+
+    def _fill_drafts(self, row: MaskedRow, mask: np.ndarray) -> None:
+        """The rows after each draft, as far as the drafts follow the grammar: what is sampled behind one that does not
+        is never used. The matcher stays where it is.
+        """
+        matcher, accepted = row.matcher, 0
+        for place, draft in enumerate(row.drafts):
+            allowed = (mask[row.index + place, draft // WORD] >> (draft % WORD)) & 1
+            if not allowed or draft in row.request.eos_token_ids:
+                break
+            matcher.accept((draft,))
+            accepted += 1
+            if matcher.state is not MatcherState.OPEN:
+                break
+            following = MaskedRow(row.index + place + 1, matcher, row.request)
+            full = np.full(self._full_width, -1, np.int32)
+            matcher.fill(full)
+            mask[following.index] = full[: self.width]
+            if self._restrict(following, mask[following.index]) is not None:
+                mask[following.index] = -1
+                break
+        if accepted:
+            matcher.rollback(accepted)
 
     def _restrict(self, row: MaskedRow, mask: np.ndarray) -> DeadEnd | None:
         """Take out what the request forbids, in place."""

@@ -87,7 +87,7 @@ def lose_state(executor: Executor) -> None:
     """What a step that raised after its arrays were donated leaves behind."""
     for array in jax.tree.leaves(executor._forward_state):
         array.delete()
-    executor._sample_state.last_token.delete()
+    executor._sample_state.rows.last_token.delete()
 
 
 @pytest.fixture

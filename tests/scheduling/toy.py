@@ -237,7 +237,7 @@ class ToyEngine:
         """Read the oldest step."""
         plan, sampled = self.in_flight.popleft()
         stopped: set[Sequence] = set()
-        for sequence, token, index, num_outputs, ends in self.scheduler.commit(plan, sampled):
+        for sequence, token, index, _, num_outputs, ends in self.scheduler.commit(plan, sampled):
             assert plan.items[index].sequence is sequence
             if sequence in stopped:
                 continue

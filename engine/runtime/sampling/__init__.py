@@ -26,12 +26,15 @@ from engine.runtime.sampling.inputs import (
     pack_params,
     pack_step,
     padding_params,
+    split_drafts,
     stop_ids_of,
     unpack,
+    with_drafts,
 )
 from engine.runtime.sampling.logprobs import NUM_TOP, LogprobArrays, full_logprobs, prompt_logprobs, token_logprobs
 from engine.runtime.sampling.sampler import SampledTokens, sample
 from engine.runtime.sampling.state import SamplerState, make_state, reset_row, state_size_bytes, warm_up_rows
+from engine.runtime.sampling.verify import verify
 
 __all__ = [
     "NUM_TOP",
@@ -54,8 +57,11 @@ __all__ = [
     "reset_row",
     "sample",
     "state_size_bytes",
+    "split_drafts",
     "stop_ids_of",
     "token_logprobs",
     "unpack",
+    "verify",
     "warm_up_rows",
+    "with_drafts",
 ]

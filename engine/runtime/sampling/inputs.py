@@ -230,6 +230,16 @@ def choose_variant(block: np.ndarray) -> SamplerVariant:
     return SamplerVariant.GREEDY
 
 
+def with_drafts(block: jax.Array, num_drafts: jax.Array, draft_ids: jax.Array) -> jax.Array:
+    """A block int32[S, W] with int32[S] numbers of drafts and int32[S, K] drafts behind it: int32[S, W + 1 + K]."""
+    return jnp.concatenate([block, num_drafts[:, None], draft_ids], axis=1)
+
+
+def split_drafts(block: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The inverse of `with_drafts`."""
+    return block[:, :WIDTH], block[:, WIDTH], block[:, WIDTH + 1 :]
+
+
 def unpack(block: jax.Array) -> SamplingInputs:
     """Named arrays of a block int32[S, W]; for use inside jit."""
 

@@ -42,10 +42,13 @@ class SampledTokens:
     Attributes:
         token: int32[S], arbitrary for rows that do not sample.
         logprobs: of the raw distribution, for the FULL variant (zeros if no row asks for them); None for the others.
+        count: int32[S] of steps that verify drafts (`verify.py`), whose other arrays have L rows for each sequence: the
+            first so many of them are its next tokens. None for others.
     """
 
     token: jax.Array
     logprobs: LogprobArrays | None = None
+    count: jax.Array | None = None
 
 
 def draw(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:

@@ -1,0 +1,12 @@
+"""Speculative decoding: guess tokens to come, verify all guesses in one step, and never change the answer.
+
+    settings.py     `speculative_config`, vLLM's keys
+    proposer.py     `Proposer`: what makes guesses
+    ngram.py        from earlier occurrences of the last tokens in prompt and output
+    acceptance.py   how often the guesses of a sequence are right
+    times.py        how long steps take with and without drafts
+    speculator.py   which sequences get drafts in the next step, if any
+
+Drafts are known-but-unverified tokens of the one scheduling loop (`engine/scheduling/drafts.py`); the device samples
+after each and keeps as many as were right (`engine/runtime/sampling/verify.py`). No jax here.
+"""

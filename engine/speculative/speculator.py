@@ -1,0 +1,91 @@
+"""`Speculator`: decides before each step whether drafts pay, and gives them to sequences.
+
+A step with drafts of S sequences takes longer than one without and gives more tokens. Drafts are used where
+
+    (S + expected right drafts) / time with drafts  >  S / time without
+
+by the measured times of both shapes and by how often each sequence's guesses were right. The rates are known without
+drafting, too: the first guess after each token is compared with the token that comes. So a sequence that starts to copy
+is noticed, and one whose guesses fail costs nothing but the guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from engine.requests.sequence import Sequence
+from engine.speculative.acceptance import AcceptanceRate
+from engine.speculative.proposer import Proposer
+from engine.speculative.times import StepTimes
+
+LEAST_GAIN = 1.02  # what is gained must be more than the noise of the times
+
+
+@dataclass
+class _Guess:
+    """What is known of one sequence's guesses."""
+
+    rate: AcceptanceRate = field(default_factory=AcceptanceRate)
+    drafts: tuple[int, ...] = ()  # after all tokens that the host has read
+
+
+class Speculator:
+    """Owns the guesses of live sequences.
+
+    Args:
+        proposer: makes them.
+        times: of steps; None = draft wherever there is a guess.
+    """
+
+    def __init__(self, proposer: Proposer, times: StepTimes | None) -> None:
+        self._proposer, self._times = proposer, times
+        self._guesses: dict[Sequence, _Guess] = {}
+
+    def on_tokens(self, sequence: Sequence, tokens: list[int], num_drafts: int) -> None:
+        """A sequence got tokens, by a step that verified so many drafts of it. It has not ended."""
+        guess = self._guesses.get(sequence)
+        if guess is None:
+            guess = self._guesses[sequence] = _Guess()
+        elif num_drafts:
+            guess.rate.observe(len(tokens) - 1, num_drafts)
+        elif guess.drafts:
+            guess.rate.observe(int(guess.drafts[0] == tokens[0]), 1)
+        self._proposer.extend(sequence)
+        guess.drafts = self._proposer.propose(sequence)
+
+    def forget(self, sequence: Sequence) -> None:
+        """It has ended."""
+        self._guesses.pop(sequence, None)
+        self._proposer.forget(sequence)
+
+    def pays(self, sequences: list[Sequence]) -> bool:
+        """Whether the next step of these sequences, one token each, should verify drafts.
+
+        With a step in flight the guesses are those before its tokens; they are taken as typical of those after.
+        """
+        right, any_drafts = 0.0, False
+        for sequence in sequences:
+            guess = self._guesses.get(sequence)
+            if guess is not None and guess.drafts:
+                any_drafts = True
+                right += guess.rate.expected(len(guess.drafts))
+        count, times = len(sequences), self._times
+        if times is None or not any_drafts:
+            return any_drafts
+        if not times.can_verify(count):
+            return False
+        gain = (count + right) / count * times.seconds(count, drafts=False) / times.seconds(count, drafts=True)
+        return gain > LEAST_GAIN
+
+    def give(self, sequences: Iterable[Sequence]) -> None:
+        """Give their guesses to sequences whose tokens the host has all read."""
+        for sequence in sequences:
+            guess = self._guesses.get(sequence)
+            if guess is not None:
+                sequence.draft_token_ids = guess.drafts
+
+    def observe_time(self, num_tokens: int, num_seqs: int, seconds: float, *, drafts: bool) -> None:
+        """A step took so long in the bucket of so many tokens and sequences, alone on the device."""
+        if self._times is not None and (drafts or num_tokens == num_seqs):
+            self._times.observe(num_seqs, seconds, drafts=drafts)
