@@ -251,7 +251,7 @@ def make_program(config: EngineConfig, loaded: LoadedModel, cache_dir: Path) -> 
             f"Set quantization to one of {', '.join(QUANTIZATIONS)}, or leave it 'auto'."
         )
     dtype = loaded.dtype
-    limits = resolve_limits(config, loaded.config, dtype)
+    limits = resolve_limits(config, loaded.config, dtype, loaded.kv_cache_dtype)
     enable_persistent_cache(config.compile, cache_dir)
     ledger, program = _size(config, loaded.config, loaded.params, limits)
     logger.info("memory: %s", ledger)

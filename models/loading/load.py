@@ -24,7 +24,7 @@ from models.loading.manifest import read_manifest
 from models.loading.orbax import is_quire_checkpoint, load_checkpoint
 from models.loading.safetensors import has_safetensors, open_safetensors
 from models.loading.source import Progress, TensorSource
-from models.quantization.checkpoints import checkpoint_format
+from models.quantization.checkpoints import checkpoint_format, kv_cache_dtype
 from models.quantization.format import WeightFormat, summary
 from models.quantization.on_load import OnLoad
 from models.quantization.schemes import storages_of
@@ -44,11 +44,13 @@ class LoadedModel:
         config: the decoder.
         params: by name (`models.parameters.parameter_shapes`).
         quantization: in words, which parameters are packed and how; None if none is.
+        kv_cache_dtype: in which the checkpoint wants keys and values to be kept; None if it does not say.
     """
 
     config: ModelConfig
     params: Params
     quantization: str | None = None
+    kv_cache_dtype: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -66,6 +68,7 @@ class Checkpoint:
     config: ModelConfig
     open_tensors: Callable[[], TensorSource]
     weight_format: WeightFormat | None = None
+    kv_cache_dtype: str | None = None
 
 
 def load_model(
@@ -115,7 +118,8 @@ def load_model(
             )
         weight_format = OnLoad(quantization, storages_of(config, quantization))
     params = assemble(checkpoint.family, config, checkpoint.open_tensors(), resolved, progress, weight_format)
-    return _loaded(config, params, None if weight_format is None else weight_format.name)
+    loaded = _loaded(config, params, None if weight_format is None else weight_format.name)
+    return replace(loaded, kv_cache_dtype=checkpoint.kv_cache_dtype)
 
 
 def _loaded(config: ModelConfig, params: Params, quantization: str | None) -> LoadedModel:
@@ -176,7 +180,11 @@ def open_checkpoint(path: Path, load_format: str) -> Checkpoint:
         raise ModelNotFoundError(f"{path} has no {CONFIG_NAME}.")
     raw = read_json(path / CONFIG_NAME)
     checkpoint = _checkpoint(raw, read_generation_config(path), lambda: open_safetensors(path))
-    return replace(checkpoint, weight_format=checkpoint_format(raw, lambda name: _side_file(path / name)))
+    return replace(
+        checkpoint,
+        weight_format=checkpoint_format(raw, lambda name: _side_file(path / name)),
+        kv_cache_dtype=kv_cache_dtype(raw),
+    )
 
 
 def read_generation_config(path: Path) -> RawConfig:

@@ -6,11 +6,18 @@ from collections.abc import Callable, Mapping
 
 from models.errors import UnsupportedModelError
 from models.families.fields import RawConfig, table, text
+from models.quantization.auto_round import parse_auto_round
+from models.quantization.awq import parse_awq
+from models.quantization.compressed_tensors import kv_cache_dtype_of, parse_compressed_tensors
 from models.quantization.format import WeightFormat
 from models.quantization.gptq import parse_gptq
 
 METHODS: Mapping[str, Callable[[RawConfig], WeightFormat]] = {
     "gptq": parse_gptq,
+    "awq": parse_awq,
+    "auto-round": parse_auto_round,
+    "intel/auto-round": parse_auto_round,
+    "compressed-tensors": parse_compressed_tensors,
 }
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 # Files beside config.json that older tools put the same object into, and the method that each stands for.
@@ -46,3 +53,18 @@ def _parse(found: RawConfig, method: str) -> WeightFormat:
             "the model's original checkpoint, or a GGUF file."
         )
     return METHODS[method](found)
+
+
+def kv_cache_dtype(raw: RawConfig) -> str | None:
+    """In which dtype a checkpoint wants keys and values to be kept; None if it does not say.
+
+    Its scales are not needed: the cache has one for each token and head, of what is written there.
+
+    Raises:
+        UnsupportedModelError: one that there is no cache of.
+    """
+    for key in _CONFIG_KEYS:
+        found = table(raw, key)
+        if found:
+            return kv_cache_dtype_of(found)
+    return None
