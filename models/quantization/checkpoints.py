@@ -6,17 +6,12 @@ from collections.abc import Callable, Mapping
 
 from models.errors import UnsupportedModelError
 from models.families.fields import RawConfig, table, text
-from models.quantization.auto_round import parse_auto_round
-from models.quantization.awq import parse_awq
 from models.quantization.compressed_tensors import kv_cache_dtype_of, parse_compressed_tensors
 from models.quantization.format import WeightFormat
 from models.quantization.gptq import parse_gptq
 
 METHODS: Mapping[str, Callable[[RawConfig], WeightFormat]] = {
     "gptq": parse_gptq,
-    "awq": parse_awq,
-    "auto-round": parse_auto_round,
-    "intel/auto-round": parse_auto_round,
     "compressed-tensors": parse_compressed_tensors,
 }
 _CONFIG_KEYS = ("quantization_config", "compression_config")

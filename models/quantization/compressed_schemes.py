@@ -13,7 +13,7 @@ from typing import Any
 from models.errors import UnsupportedModelError
 from models.families.fields import RawConfig, flag, refuse, strings, table, text
 from models.quantization import bitstream
-from models.quantization.rules import parse_pattern
+from models.quantization.gptq import parse_pattern
 
 PACKED, INTEGERS, FLOATS = "pack-quantized", "int-quantized", "float-quantized"
 NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"

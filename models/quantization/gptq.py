@@ -12,27 +12,21 @@ Sources: Frantar et al. 2022 (arXiv 2210.17323) for the method; AutoGPTQ's and G
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
 
+from models.errors import UnsupportedModelError, WeightsError
 from models.families.fields import RawConfig, flag, refuse, table, text
 from models.families.tensors import SourceTensor
 from models.layers.product import Matrix
 from models.loading.source import TensorSource
 from models.quantization import bitstream
 from models.quantization.format import module_of
-from models.quantization.integers import finite, pack_integers
-from models.quantization.rules import (
-    PatternRules,
-    Rule,
-    Rules,
-    parse_bits,
-    parse_group_size,
-    parse_pattern,
-)
+from models.quantization.integers import pack_integers
 
 ROLES = ("qweight", "qzeros", "scales", "g_idx")
 SCALES = ("float16", "bfloat16", "float32")
@@ -41,25 +35,51 @@ _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 @dataclass(frozen=True)
+class Rule:
+    """How one module is stored.
+
+    Attributes:
+        bits: of a number.
+        group_size: inputs that share a scale; -1 = all.
+    """
+
+    bits: int
+    group_size: int
+
+    def num_groups(self, num_inputs: int) -> int:
+        """Of a matrix with so many inputs; the last may be short."""
+        return 1 if self.group_size < 0 else -(-num_inputs // self.group_size)
+
+
+@dataclass(frozen=True)
 class Gptq:
     """The `WeightFormat`.
 
     Attributes:
         name: for logs and errors.
-        rules: bits and groups of each module.
+        rule: of modules that no override names.
         minus_one: whether stored zero points are one less than they should be.
+        overrides: (pattern matched at the start of a module's name, its rule; None = not quantized), first match wins.
     """
 
     name: str
-    rules: Rules
+    rule: Rule
     minus_one: bool
+    overrides: Sequence[tuple[re.Pattern[str], Rule | None]] = ()
+
+    def rule_of(self, module: str) -> Rule | None:
+        """How a module is stored; None = plain."""
+        for pattern, rule in self.overrides:
+            if pattern.match(module):
+                return rule
+        return self.rule
 
     def stored(self, parameter: str, matrix: SourceTensor, source: TensorSource) -> Mapping[str, SourceTensor] | None:
         """See `WeightFormat`. What is there decides: configs leave open which modules are quantized."""
         module = module_of(matrix)
         if f"{module}.qweight" not in source.names():
             return None
-        rule = self.rules.of(module)
+        rule = self.rule_of(module) or self.rule
         n, k = matrix.shape
         groups = rule.num_groups(k)
         tensors = {
@@ -73,7 +93,7 @@ class Gptq:
 
     def pack(self, matrix: SourceTensor, tensors: Mapping[str, np.ndarray], dtype: np.dtype) -> Matrix:
         """See `WeightFormat`."""
-        rule = self.rules.of(module_of(matrix))
+        rule = self.rule_of(module_of(matrix)) or self.rule
         n, k = matrix.shape
         words = np.ascontiguousarray(tensors["qweight"].T)
         zeros = tensors["qzeros"]
@@ -82,9 +102,11 @@ class Gptq:
         zero_points = bitstream.unpack(jnp.asarray(zeros), bits=rule.bits, count=n)
         if self.minus_one and rule.bits not in _ONES:
             zero_points = (zero_points + 1) & ((1 << rule.bits) - 1)
+        if not np.isfinite(tensors["scales"].astype(np.float32)).all():
+            raise WeightsError("its scales hold numbers that are not finite.")
         return pack_integers(
             bitstream.unpack(jnp.asarray(words), bits=rule.bits, count=k),
-            jnp.asarray(finite(tensors["scales"])).T,
+            jnp.asarray(tensors["scales"]).T,
             zero_points.T,
             bits=rule.bits,
             group_size=rule.group_size,
@@ -111,7 +133,8 @@ def parse_gptq(raw: RawConfig) -> Gptq:
     overrides = []
     for pattern, changes in table(raw, "dynamic").items():
         compiled = parse_pattern(pattern.removeprefix("-:").removeprefix("+:"), "quantization_config.dynamic")
-        if pattern.startswith("-:"):  # a module that is not quantized: what is there says so
+        if pattern.startswith("-:"):
+            overrides.append((compiled, None))
             continue
         if not isinstance(changes, dict):
             refuse(f"quantization_config.dynamic[{pattern!r}]", changes, "an object")
@@ -121,4 +144,40 @@ def parse_gptq(raw: RawConfig) -> Gptq:
             group_size=parse_group_size(changes, rule.group_size),
         )
         overrides.append((compiled, changed))
-    return Gptq("gptq", PatternRules(rule, tuple(overrides)), layout == "gptq")
+    return Gptq("gptq", rule, layout == "gptq", tuple(overrides))
+
+
+def parse_bits(raw: RawConfig, default: int | None = None, key: str = "bits") -> int:
+    """Bits of a number.
+
+    Raises:
+        UnsupportedModelError: none of 2 to 8.
+    """
+    bits = raw.get(key, default)
+    if isinstance(bits, bool) or bits not in bitstream.BITS:
+        refuse(f"quantization_config.{key}", bits, "an integer from 2 to 8")
+    return bits
+
+
+def parse_group_size(raw: RawConfig, default: int | None = None, key: str = "group_size") -> int:
+    """Inputs that share a scale; -1 = all.
+
+    Raises:
+        UnsupportedModelError: neither -1 nor positive.
+    """
+    size = raw.get(key, default)
+    if isinstance(size, bool) or not isinstance(size, int) or (size != -1 and size < 1):
+        refuse(f"quantization_config.{key}", size, "-1 or a positive integer")
+    return size
+
+
+def parse_pattern(pattern: str, key: str) -> re.Pattern[str]:
+    """A regular expression of a config.
+
+    Raises:
+        UnsupportedModelError: it is none.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UnsupportedModelError(f"config.json: {key} has the invalid pattern {pattern!r}: {error}.") from error
