@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping
 
 from models.errors import UnsupportedModelError
 from models.families.fields import RawConfig, table, text
+from models.quantization.auto_round import NAMES, delegated, parse_auto_round
+from models.quantization.awq import parse_awq
 from models.quantization.format import WeightFormat
 from models.quantization.gptq import parse_gptq
 
 METHODS: Mapping[str, Callable[[RawConfig], WeightFormat]] = {
     "gptq": parse_gptq,
+    "awq": parse_awq,
+    **dict.fromkeys(NAMES, parse_auto_round),
 }
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 # Files beside config.json that older tools put the same object into, and the method that each stands for.
@@ -39,6 +43,7 @@ def checkpoint_format(raw: RawConfig, side_file: Callable[[str], RawConfig | Non
 
 
 def _parse(found: RawConfig, method: str) -> WeightFormat:
+    found, method = delegated(found, method)
     if method not in METHODS:
         what = f"quantized by {method!r}" if method else "quantized by a method that it does not name"
         raise UnsupportedModelError(
