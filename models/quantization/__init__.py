@@ -8,7 +8,7 @@ never ask which one they hold. Ways of quantizing differ in how packed weights a
     on_load.py   rounding a full-precision checkpoint's matrices to nearest (`quantization="int8"`, ...)
 
 A checkpoint that is quantized already is one more file here: a `WeightFormat` that names the tensors it stores in place
-of a matrix and turns them into a `QuantizedWeight`. None is built yet; such checkpoints are refused by name.
+of a matrix and turns them into a `QuantizedWeight`. `checkpoints.py` lists them; others are refused by name.
 
 Norms, biases, the embedding and the head stay as they are: they are a few percent of the bytes, and the most sensitive.
 """

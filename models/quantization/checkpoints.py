@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping
 
 from models.errors import UnsupportedModelError
 from models.families.fields import RawConfig, table, text
+from models.quantization.auto_round import NAMES, delegated, parse_auto_round
+from models.quantization.awq import parse_awq
 from models.quantization.compressed_tensors import kv_cache_dtype_of, parse_compressed_tensors
 from models.quantization.format import WeightFormat
 from models.quantization.gptq import parse_gptq
 
 METHODS: Mapping[str, Callable[[RawConfig], WeightFormat]] = {
     "gptq": parse_gptq,
+    "awq": parse_awq,
+    **dict.fromkeys(NAMES, parse_auto_round),
     "compressed-tensors": parse_compressed_tensors,
 }
 _CONFIG_KEYS = ("quantization_config", "compression_config")
@@ -41,6 +45,7 @@ def checkpoint_format(raw: RawConfig, side_file: Callable[[str], RawConfig | Non
 
 
 def _parse(found: RawConfig, method: str) -> WeightFormat:
+    found, method = delegated(found, method)
     if method not in METHODS:
         what = f"quantized by {method!r}" if method else "quantized by a method that it does not name"
         raise UnsupportedModelError(
