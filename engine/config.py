@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any
 
 from engine.errors import ConfigError
-from models.quantization.schemes import SCHEMES
+from models.quantization.schemes import KEEP_BLOCKS, SCHEMES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
@@ -23,7 +23,7 @@ GENERATION_CONFIGS = ("auto", "none")
 POLICIES = ("fcfs", "priority")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "mosaic_gpu", "mosaic_gpu_simulated")
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3")
-QUANTIZATIONS = tuple(SCHEMES)
+QUANTIZATIONS = (*SCHEMES, KEEP_BLOCKS)
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:  # noqa: A002 - argparse's own word
@@ -68,7 +68,10 @@ class ModelLoadConfig:
     skip_tokenizer_init: bool = _setting(False, "load no tokenizer: prompts are token ids, outputs have no text")
     dtype: str = _setting("auto", "dtype of weights and activations; auto = the checkpoint's own", DTYPES)
     quantization: str | None = _setting(
-        None, "round the layers' matrices while loading; default: as the checkpoint has them", QUANTIZATIONS
+        None,
+        "round the layers' matrices while loading; gguf = keep a GGUF file's blocks packed; default: as the checkpoint "
+        "has them, GGUF dequantized",
+        QUANTIZATIONS,
     )
     load_format: str = _setting("auto", "format of the weights; dummy = seeded random weights", LOAD_FORMATS)
     max_model_len: int | None = _setting(None, "longest prompt + output, in tokens; default: the model's own limit")

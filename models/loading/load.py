@@ -26,8 +26,9 @@ from models.loading.safetensors import has_safetensors, open_safetensors
 from models.loading.source import Progress, TensorSource
 from models.quantization.checkpoints import checkpoint_format, kv_cache_dtype
 from models.quantization.format import WeightFormat, summary
+from models.quantization.gguf import Gguf
 from models.quantization.on_load import OnLoad
-from models.quantization.schemes import storages_of
+from models.quantization.schemes import KEEP_BLOCKS, storages_of
 from models.registry import resolve_family
 
 logger = logging.getLogger(__name__)
@@ -89,16 +90,19 @@ def load_model(
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
         seed: of dummy weights.
         progress: called after each parameter.
-        quantization: None, or a key of `models.quantization.schemes.SCHEMES`: the layers' matrices are rounded so.
+        quantization: None; a key of `models.quantization.schemes.SCHEMES`: the layers' matrices are rounded so; or
+            `KEEP_BLOCKS`: matrices of a GGUF file stay in its blocks, as far as the device can hold them.
 
     Raises:
         ModelNotFoundError: the model, its config or its weights are not there.
         UnsupportedModelError: the architecture, a config value, a dtype, the format or the quantization is not
-            supported, or the checkpoint is quantized already.
+            supported, the checkpoint is quantized already, or is no GGUF file whose blocks could be kept.
         WeightsError: the files are damaged, or the weights do not fit the config.
     """
     chosen = choose_format(path, load_format)
     logger.info("load_format: %s (asked for: %s)", chosen, load_format)
+    if quantization == KEEP_BLOCKS and chosen != "gguf":
+        raise UnsupportedModelError(f"quantization={KEEP_BLOCKS!r} is for GGUF files, and {path} is {chosen}.")
     if chosen == "orbax":
         config, params = load_checkpoint(path, dtype, progress, quantization)
         return _loaded(config, params, quantization)
@@ -107,10 +111,11 @@ def load_model(
         storages = None if quantization is None else storages_of(config, quantization)
         params = dummy_parameters(config, resolve_dtype(dtype, config), seed, progress, storages)
         return _loaded(config, params, quantization)
-    checkpoint = open_checkpoint(path, chosen)
+    keeps_blocks = quantization == KEEP_BLOCKS  # `in (None, KEEP_BLOCKS)` would make it the default
+    checkpoint = open_checkpoint(path, chosen, keeps_blocks)
     config, resolved = checkpoint.config, resolve_dtype(dtype, checkpoint.config)
     weight_format = checkpoint.weight_format
-    if quantization is not None:
+    if quantization not in (None, KEEP_BLOCKS):
         if weight_format is not None:
             raise UnsupportedModelError(
                 f"This checkpoint is quantized already ({weight_format.name}): quantization={quantization!r} is for "
@@ -162,8 +167,13 @@ def choose_format(path: Path, load_format: str) -> str:
     return "safetensors"
 
 
-def open_checkpoint(path: Path, load_format: str) -> Checkpoint:
-    """Read a model's config and find its family; `load_format` is "safetensors" or "gguf".
+def open_checkpoint(path: Path, load_format: str, keeps_blocks: bool = False) -> Checkpoint:
+    """Read a model's config and find its family.
+
+    Args:
+        path: as for `load_model`.
+        load_format: "safetensors" or "gguf".
+        keeps_blocks: whether matrices of a GGUF file stay packed.
 
     Raises:
         As `load_model`.
@@ -171,7 +181,8 @@ def open_checkpoint(path: Path, load_format: str) -> Checkpoint:
     if load_format == "gguf":
         file = read_gguf(_gguf_file(path))
         raw, generation = gguf_config(file), {}
-        return _checkpoint(raw, generation, lambda: GgufTensors(file))
+        checkpoint = _checkpoint(raw, generation, lambda: GgufTensors(file, packed=keeps_blocks))
+        return replace(checkpoint, weight_format=Gguf()) if keeps_blocks else checkpoint
     if not path.is_dir():
         raise ModelNotFoundError(
             f"{path} is not a directory: safetensors weights come with a {CONFIG_NAME} beside them."

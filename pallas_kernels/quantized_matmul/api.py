@@ -66,6 +66,8 @@ def quantized_matmul(
         raise ValueError(f"activations {x.shape} do not meet a weight packed as {weight.stored.shape} ([N, K])")
     if weight.input_order is not None:
         x, weight = jnp.take(x, weight.input_order, axis=1), replace(weight, input_order=None)
+    if weight.input_limit is not None:
+        x, weight = jnp.clip(x, -weight.input_limit, weight.input_limit), replace(weight, input_limit=None)
     problem = problem_of(x, weight, out_dtype)
     chosen = OP.choose(implementation, problem)
     return chosen.functions["run"](x, weight, jnp.dtype(problem.out_dtype))
