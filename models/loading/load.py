@@ -61,13 +61,14 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's files, read as far as its config; `open_tensors` goes on to the weights, of which some matrices are
-    stored in `weight_format` if they are quantized.
+    """A model's files, read as far as its config (`raw`, as `config.json` says it); `open_tensors` goes on to the
+    weights, of which some matrices are stored in `weight_format` if they are quantized.
     """
 
     family: Family
     config: ModelConfig
     open_tensors: Callable[[], TensorSource]
+    raw: RawConfig
     weight_format: WeightFormat | None = None
     kv_cache_dtype: str | None = None
 
@@ -232,7 +233,7 @@ def _side_file(file: Path) -> RawConfig | None:
 
 def _checkpoint(raw: RawConfig, generation: RawConfig, open_tensors: Callable[[], TensorSource]) -> Checkpoint:
     family = resolve_family(strings(raw, "architectures") or ())
-    return Checkpoint(family, family.translate(raw, generation), open_tensors)
+    return Checkpoint(family, family.translate(raw, generation), open_tensors, raw)
 
 
 def _gguf_file(path: Path) -> Path:
