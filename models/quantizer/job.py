@@ -222,7 +222,8 @@ def _write_shards(directory: Path, shards: Sequence[dict[str, np.ndarray]]) -> N
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / name, metadata={"format": "pt"})
+        whole = {name: np.ascontiguousarray(tensor) for name, tensor in shard.items()}
+        save_file(whole, directory / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(_size, shards))}, "weight_map": weight_map}

@@ -97,7 +97,8 @@ class PartialJob:
     ) -> None:
         """Keep a layer. The report comes last: with it, the layer is done."""
         file, index = self.layer_file(report.layer), report.layer
-        save_file(tensors, file)
+        # The writer takes memory as it lies, whatever the strides say.
+        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, file)
         save_file({"x": x, "x_full": x_full}, self.directory / f"state-{index + 1}.safetensors")
         file.with_suffix(".json").write_text(json.dumps(asdict(report)), encoding="utf-8")
         (self.directory / f"state-{index}.safetensors").unlink(missing_ok=True)
