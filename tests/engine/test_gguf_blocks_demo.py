@@ -13,8 +13,8 @@ pytestmark = pytest.mark.slow
 
 
 def test_demo(compilation_cache: str) -> None:
-    """SmolLM2 in Q4_1: the same greedy text as dequantized. Products differ in the order of sums, and activations meet
-    packed weights in fixed point. Seen: see the bound of log-probabilities.
+    """The same greedy text. Products differ in the order of sums, and activations meet packed weights in fixed point:
+    log-probabilities were off by 2.1e-5 at most.
     """
     prompts = ["The capital of France is", "Water boils at", "def fibonacci(n):"]
     texts, logprobs, about = {}, {}, {}
@@ -36,5 +36,5 @@ def test_demo(compilation_cache: str) -> None:
     worst = float(np.abs(logprobs["gguf"] - logprobs[None]).max())
     print(f"{about['gguf']['quantization']}; {about['gguf']['memory']}; {about[None]['memory']}; off by {worst:.2e}")
     assert about["gguf"]["quantization"] == "gguf (w4a16, group 32: qkv, o, gate_up, down)"
-    assert 0 < worst < 1e-3
+    assert 0 < worst < 2e-4
     assert texts["gguf"] == texts[None]
