@@ -9,6 +9,7 @@
 #include <memory>
 #include <new>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "decode.h"
@@ -78,10 +79,15 @@ template <typename Element, int kRows, int kOutputs>
 void multiply(const Element* x, int64_t x_stride, const Element* w, int64_t w_stride, int64_t count, float* sums,
               int64_t sums_stride, bool first) {
   Lanes total[kRows][kOutputs] = {};
-  for (int64_t k = 0; k < count; k += kStep<Element>)
+  for (int64_t k = 0; k < count; k += kStep<Element>) {
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
       for (int c = 0; c < kOutputs; ++c) add_products(total[r][c], x + r * x_stride + k, w + c * w_stride + k);
+  }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
     for (int c = 0; c < kOutputs; c += kTile) add_lanes(total[r] + c, sums + r * sums_stride + c, first);
 }
 
@@ -120,20 +126,26 @@ T* scratch(int which, size_t count) {
   return Scratch::aligned<T>(memory[which], count);
 }
 
-float scale_at(const Problem& p, int64_t index) {
-  if (p.scale_type == ffi::DataType::F32) return static_cast<const float*>(p.scales)[index];
-  if (p.scale_type == ffi::DataType::BF16) return float_of(static_cast<const Half*>(p.scales)[index]);
-  return static_cast<float>(static_cast<const _Float16*>(p.scales)[index]);
+template <typename T>
+void widen(const void* from, int64_t first, int64_t count, float* to) {
+  const T* start = static_cast<const T*>(from) + first;
+  for (int64_t n = 0; n < count; ++n) {
+    if constexpr (std::is_same_v<T, Half>)
+      to[n] = float_of(start[n]);
+    else
+      to[n] = static_cast<float>(start[n]);
+  }
 }
 
-// Scales and zero points of a panel, [outputs, groups]: in memory a group's lie side by side.
-void gather_scales(const Problem& p, int64_t first, int64_t count, float* scales, float* zeros) {
-  for (int64_t g = 0; g < p.groups; ++g)
-    for (int64_t n = 0; n < count; ++n) {
-      int64_t index = g * p.outputs + first + n;
-      scales[n * p.groups + g] = scale_at(p, index);
-      zeros[n * p.groups + g] = p.zeros ? static_cast<float>(p.zeros[index]) : 0.0f;
-    }
+// Scales and zero points of a panel's outputs, [groups, panel].
+void widen_scales(const Problem& p, int64_t first, int64_t count, float* scales, float* zeros) {
+  auto widen_scale = p.scale_type == ffi::DataType::F32    ? widen<float>
+                     : p.scale_type == ffi::DataType::BF16 ? widen<Half>
+                                                           : widen<_Float16>;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    widen_scale(p.scales, g * p.outputs + first, count, scales + g * p.panel);
+    if (p.zeros) widen<int8_t>(p.zeros, g * p.outputs + first, count, zeros + g * p.panel);
+  }
 }
 
 // Inputs `from` to `to` of one output's weights, and zeros up to a multiple of the padding.
@@ -143,11 +155,11 @@ void decode_row(const Problem& p, int64_t output, int64_t from, int64_t to, cons
   int64_t end = std::min(to, p.inputs);
   const uint8_t* row = p.stored + output * p.inputs * kBits<F> / 8;
   if (p.group == 0) {
-    decode<F>(row, from, end - from, 1.0f, zeros[0], false, out);
+    decode<F>(row, from, end - from, 1.0f, p.zeros ? zeros[0] : 0.0f, false, out);
   } else {
-    for (int64_t k = from; k < end; k += p.group) {
-      int64_t g = k / p.group;
-      decode<F>(row, k, p.group, scales[g], zeros[g], true, out + (k - from));
+    int64_t g = from / p.group * p.panel;
+    for (int64_t k = from; k < end; k += p.group, g += p.panel) {
+      decode<F>(row, k, p.group, scales[g], p.zeros ? zeros[g] : 0.0f, true, out + (k - from));
     }
   }
   if (end < to) std::memset(out + (end - from), 0, (to - end) * sizeof(Element));
@@ -193,20 +205,23 @@ void run_panel(const Problem& p, int64_t index) {
   int64_t first = panel * p.panel, count = std::min(p.panel, p.outputs - first);
   float* scales = scratch<float>(0, p.panel * p.groups);
   float* zeros = scratch<float>(1, p.panel * p.groups);
-  gather_scales(p, first, count, scales, zeros);
-  int64_t at_once = num_rows <= kFewRows ? 8 : p.panel;
-  int64_t padded = (p.inputs + kPad - 1) / kPad * kPad, w_stride = std::min(padded, kChunk) + kPad;
+  widen_scales(p, first, count, scales, zeros);
+  bool few = num_rows <= kFewRows;
+  int64_t at_once = few ? 8 : p.panel;
+  int64_t padded = (p.inputs + kPad - 1) / kPad * kPad;
+  int64_t span = few ? padded : std::min(padded, kChunk), w_stride = span + kPad;
   Element* w = scratch<Element>(2, at_once * w_stride);
   float* sums = scratch<float>(3, num_rows * at_once);
   for (int64_t n = 0; n < count; n += at_once) {
     int64_t real = std::min(at_once, count - n), whole = (real + 7) / 8 * 8;
-    for (int64_t from = 0; from < padded; from += kChunk) {
-      int64_t to = std::min(from + kChunk, padded);
+    for (int64_t from = 0; from < padded; from += span) {
+      int64_t to = std::min(from + span, padded);
       for (int64_t i = 0; i < real; ++i)
-        decode_row<F>(p, first + n + i, from, to, scales + (n + i) * p.groups, zeros + (n + i) * p.groups,
-                      w + i * w_stride);
+        decode_row<F>(p, first + n + i, from, to, scales + n + i, zeros + n + i, w + i * w_stride);
       for (int64_t i = real; i < whole; ++i) std::memset(w + i * w_stride, 0, (to - from) * sizeof(Element));
-      multiply_rows<Element>(p, row, num_rows, w, w_stride, from, to - from, whole, sums, at_once);
+      for (int64_t k = from; k < to; k += kChunk)
+        multiply_rows<Element>(p, row, num_rows, w + (k - from), w_stride, k, std::min(kChunk, to - k), whole, sums,
+                               at_once);
     }
     if (p.out_type == ffi::DataType::F32)
       finish<float>(p, row, num_rows, first + n, real, scales + n, sums, at_once);
