@@ -29,7 +29,6 @@ constexpr int kLanes = 4;
 #endif
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 
-constexpr int64_t kChunk = 2048;      // inputs
 constexpr int64_t kPad = 32;          // what rows of activations are padded to; also keeps rows out of one cache set
 constexpr int64_t kFewRows = 24;      // up to which decoded weights are used so seldom that they should stay in L1
 constexpr int64_t kRowBlock = 512;    // rows that share a decoding
@@ -37,17 +36,31 @@ constexpr int kTile = 4;              // outputs whose sums are added up togethe
 
 // ---- Sums
 
-inline void load(Lanes& to, const void* from) { std::memcpy(&to, from, sizeof to); }
+// One vector of activations or weights. `keep` has the compiler hold it in a register: it would rather read a row of
+// activations again for each output, and the processor reads no more than two vectors in the time of two products.
+#if defined(__x86_64__)
+#define QUIRE_REGISTER "+v"
+#else
+#define QUIRE_REGISTER "+w"
+#endif
 
-inline void add_products(Lanes& sum, const float* x, const float* w) {
-  Lanes a, b;
-  load(a, x), load(b, w);
-  sum += a * b;
-}
+struct Floats {
+  Lanes lanes;
+  explicit Floats(const float* from) { std::memcpy(&lanes, from, sizeof lanes); }
+  void keep() { asm("" : QUIRE_REGISTER(lanes)); }
+};
+
+inline void add_products(Lanes& sum, const Floats& x, const Floats& w) { sum += x.lanes * w.lanes; }
 
 #ifdef QUIRE_AVX512
-inline void add_products(Lanes& sum, const Half* x, const Half* w) {
-  sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(w));
+struct Halves {
+  __m512i lanes;
+  explicit Halves(const Half* from) : lanes(_mm512_loadu_si512(from)) {}
+  void keep() { asm("" : QUIRE_REGISTER(lanes)); }
+};
+
+inline void add_products(Lanes& sum, const Halves& x, const Halves& w) {
+  sum = _mm512_dpbf16_ps(sum, (__m512bh)x.lanes, (__m512bh)w.lanes);
 }
 
 inline void add_lanes(const Lanes* sums, float* out, bool first) {
@@ -71,6 +84,18 @@ inline void add_lanes(const Lanes* sums, float* out, bool first) {
 }
 #endif
 
+// Inputs whose products are summed in one go: six rows of activations and four of weights fit in an L1 cache.
+template <typename Element>
+constexpr int64_t kChunk = 4096 / sizeof(Element);
+
+#ifdef QUIRE_AVX512
+template <typename Element>
+using Vector = std::conditional_t<sizeof(Element) == 2, Halves, Floats>;
+#else
+template <typename Element>
+using Vector = Floats;
+#endif
+
 template <typename Element>
 constexpr int kStep = sizeof(Element) == 2 ? 2 * kLanes : kLanes;
 
@@ -81,9 +106,12 @@ void multiply(const Element* x, int64_t x_stride, const Element* w, int64_t w_st
   Lanes total[kRows][kOutputs] = {};
   for (int64_t k = 0; k < count; k += kStep<Element>) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r) {
+      Vector<Element> row(x + r * x_stride + k);
+      row.keep();
 #pragma GCC unroll 8
-      for (int c = 0; c < kOutputs; ++c) add_products(total[r][c], x + r * x_stride + k, w + c * w_stride + k);
+      for (int c = 0; c < kOutputs; ++c) add_products(total[r][c], row, Vector<Element>(w + c * w_stride + k));
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -209,7 +237,7 @@ void run_panel(const Problem& p, int64_t index) {
   bool few = num_rows <= kFewRows;
   int64_t at_once = few ? 8 : p.panel;
   int64_t padded = (p.inputs + kPad - 1) / kPad * kPad;
-  int64_t span = few ? padded : std::min(padded, kChunk), w_stride = span + kPad;
+  int64_t span = few ? padded : std::min(padded, kChunk<Element>), w_stride = span + kPad;
   Element* w = scratch<Element>(2, at_once * w_stride);
   float* sums = scratch<float>(3, num_rows * at_once);
   for (int64_t n = 0; n < count; n += at_once) {
@@ -219,8 +247,8 @@ void run_panel(const Problem& p, int64_t index) {
       for (int64_t i = 0; i < real; ++i)
         decode_row<F>(p, first + n + i, from, to, scales + n + i, zeros + n + i, w + i * w_stride);
       for (int64_t i = real; i < whole; ++i) std::memset(w + i * w_stride, 0, (to - from) * sizeof(Element));
-      for (int64_t k = from; k < to; k += kChunk)
-        multiply_rows<Element>(p, row, num_rows, w + (k - from), w_stride, k, std::min(kChunk, to - k), whole, sums,
+      for (int64_t k = from; k < to; k += kChunk<Element>)
+        multiply_rows<Element>(p, row, num_rows, w + (k - from), w_stride, k, std::min(kChunk<Element>, to - k), whole, sums,
                                at_once);
     }
     if (p.out_type == ffi::DataType::F32)

@@ -16,6 +16,7 @@ from jax import lax
 
 from pallas_kernels import native
 from pallas_kernels.device import Device
+from pallas_kernels.quantized_matmul.activations import quantize_activations
 from pallas_kernels.quantized_matmul.problem import QuantizedMatmulProblem
 from pallas_kernels.quantized_matmul.weight import KINDS, QuantizedWeight
 
@@ -33,8 +34,8 @@ def device_reason(device: Device) -> str | None:
 
 def supports(problem: QuantizedMatmulProblem) -> str | None:
     """None, or the reason why it cannot run the problem."""
-    if problem.rule.activations == "int8":
-        return "8-bit integers on both sides are XLA's own integer dots"
+    if problem.rule.activations == "int8" and problem.group_size < 0:
+        return "8-bit integers on both sides are faster as XLA's integer dots"
     if problem.dtype not in ("float32", "bfloat16", "float16"):
         return f"activations are {problem.dtype}, not float32, bfloat16 or float16"
     if problem.rule.bits == 4 and problem.k % 2:
@@ -44,9 +45,14 @@ def supports(problem: QuantizedMatmulProblem) -> str | None:
 
 def run(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
     """See `api.quantized_matmul`."""
-    if KINDS[weight.kind].activations is None:
+    dtype = KINDS[weight.kind].activations
+    if dtype is None:
         return _product(x, weight, out_dtype)
-    numbers, scales = _as_fp8(x, weight.group_size)
+    if dtype == "int8":
+        numbers, scales = quantize_activations(x, dtype, weight.group_size)
+        numbers = numbers.astype(jnp.float32)
+    else:
+        numbers, scales = _as_fp8(x, weight.group_size)
     if weight.group_size < 0:  # bfloat16 holds each number exactly
         return (_product(numbers.astype(jnp.bfloat16), weight, jnp.float32) * scales).astype(out_dtype)
     met = numbers.reshape(*scales.shape, -1) * scales[..., None]
