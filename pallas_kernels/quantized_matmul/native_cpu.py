@@ -23,8 +23,7 @@ from pallas_kernels.quantized_matmul.weight import KINDS, QuantizedWeight
 PADDED = 32  # rows of activations are padded to a multiple of it
 _MAX_FP8 = 448.0
 _LEAST_NORMAL_FP8 = 2.0**-6
-# Added to a float32 below 2^-6 and taken away again, it leaves a multiple of 2^-9: e4m3's smallest step.
-_ROUND_AT = 1.5 * 2.0**14
+_LEAST_STEP_FP8 = 2.0**-9
 
 
 def device_reason(device: Device) -> str | None:
@@ -79,5 +78,6 @@ def _as_fp8(x: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
     scales = jnp.abs(wide).max(-1) / _MAX_FP8
     numbers = jnp.clip(wide / jnp.where(scales == 0, 1.0, scales)[..., None], -_MAX_FP8, _MAX_FP8)
     normal = lax.reduce_precision(numbers, exponent_bits=8, mantissa_bits=3)
-    numbers = jnp.where(jnp.abs(numbers) < _LEAST_NORMAL_FP8, (numbers + _ROUND_AT) - _ROUND_AT, normal)
+    subnormal = jnp.round(numbers * (1 / _LEAST_STEP_FP8)) * _LEAST_STEP_FP8
+    numbers = jnp.where(jnp.abs(numbers) < _LEAST_NORMAL_FP8, subnormal, normal)
     return numbers.reshape(rows, k), scales
