@@ -32,7 +32,9 @@ OP = Op(
     name="quantized_matmul",
     implementations=(
         *mosaic_gpu(pallas_mosaic_gpu.make, pallas_mosaic_gpu.supports, prefers_xla),
-        Implementation("native_cpu", {"run": native_cpu.run}, native_cpu.supports, native_cpu.device_reason),
+        Implementation(
+            "native_cpu", {"run": native_cpu.run}, native_cpu.supports, native_cpu.device_reason, native_cpu.yields
+        ),
         Implementation("xla", {"run": xla.run}, _everything),
         Implementation("reference", {"run": reference.run}, _everything),
     ),

@@ -42,6 +42,14 @@ def supports(problem: QuantizedMatmulProblem) -> str | None:
     return native.unavailable()
 
 
+def yields(problem: QuantizedMatmulProblem, device: Device) -> str | None:
+    """None, or the reason why "auto" passes it over: XLA's conversions and dots are faster than what the compiler makes
+    of the portable loops (docs/measurements/quantized-matmul-cpu.md).
+    """
+    del problem, device
+    return None if native.has_bfloat16_dots() else "this processor lacks AVX-512's dots of bfloat16"
+
+
 def run(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
     """See `api.quantized_matmul`."""
     dtype = KINDS[weight.kind].activations

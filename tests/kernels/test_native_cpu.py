@@ -258,10 +258,12 @@ _PORTABLE = """
 import sys
 import jax, numpy as np
 from pallas_kernels.native import library
-from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.quantized_matmul import OP, from_dense, quantized_matmul
 from pallas_kernels.quantized_matmul.cases import CASES
 library._settings = library.Settings(machine=sys.argv[1])
 assert not library.has_bfloat16_dots()
+quantized_matmul(jax.numpy.ones((2, 32)), from_dense(jax.numpy.ones((32, 8)), "w8a16"))
+assert "yields: this processor lacks" in OP.chosen["quantized_matmul"]
 call = jax.jit(quantized_matmul, static_argnames=("out_dtype", "implementation"))
 for case in CASES:
     if case.kind == "w8a8" and case.group_size < 0:
