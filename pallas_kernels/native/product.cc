@@ -261,7 +261,7 @@ void run_panel(const Problem& p, int64_t index) {
 using RunPanel = void (*)(const Problem&, int64_t);
 
 template <typename Element>
-RunPanel panel_of(ffi::DataType stored) {
+RunPanel runner_of(ffi::DataType stored) {
   if (stored == ffi::DataType::S4) return run_panel<Format::kInt4, Element>;
   if (stored == ffi::DataType::S8) return run_panel<Format::kInt8, Element>;
   if (stored == ffi::DataType::F8E4M3FN) return run_panel<Format::kFp8, Element>;
@@ -296,6 +296,20 @@ void run_all(ffi::ThreadPool pool, const Problem& problem, RunPanel run, int64_t
     if (spins > 1000) std::this_thread::yield();
 }
 
+// Outputs of a panel: as many as leave no thread without work at the end, but for a twentieth of the time. Of few rows
+// small panels, which are decoded eight outputs at a time in any case.
+int64_t panel_of(int64_t rows, int64_t outputs, int64_t threads) {
+  if (rows <= kFewRows) return 32;
+  int64_t blocks = (rows + kRowBlock - 1) / kRowBlock, best = 32;
+  double best_use = 0;
+  for (int64_t panel : {128, 96, 64, 32}) {
+    int64_t pieces = (outputs + panel - 1) / panel * blocks, rounds = (pieces + threads - 1) / threads;
+    double use = double(outputs * blocks) / double(rounds * threads * panel);
+    if (use > best_use + 0.05) best = panel, best_use = use;
+  }
+  return best;
+}
+
 // ---- The call
 
 ffi::Error packed_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer stored, ffi::AnyBuffer scales,
@@ -303,7 +317,7 @@ ffi::Error packed_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
   Problem p;
   p.rows = x.dimensions()[0], p.stride = x.dimensions()[1];
   p.outputs = stored.dimensions()[0], p.inputs = stored.dimensions()[1];
-  p.groups = scales.dimensions()[0], p.group = p.groups > 1 || false ? p.inputs / p.groups : 0;
+  p.groups = scales.dimensions()[0], p.group = p.groups > 1 ? p.inputs / p.groups : 0;
   if (p.stride != (p.inputs + kPad - 1) / kPad * kPad)
     return ffi::Error::InvalidArgument("activations are not padded to a multiple of 32");
   p.x = x.untyped_data(), p.stored = static_cast<const uint8_t*>(stored.untyped_data());
@@ -313,12 +327,12 @@ ffi::Error packed_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
   if (p.out_type != ffi::DataType::F32 && p.out_type != ffi::DataType::BF16)
     return ffi::Error::InvalidArgument("results are float32 or bfloat16");
   RunPanel run = nullptr;
-  if (x.element_type() == ffi::DataType::F32) run = panel_of<float>(stored.element_type());
+  if (x.element_type() == ffi::DataType::F32) run = runner_of<float>(stored.element_type());
 #ifdef QUIRE_AVX512
-  if (x.element_type() == ffi::DataType::BF16) run = panel_of<Half>(stored.element_type());
+  if (x.element_type() == ffi::DataType::BF16) run = runner_of<Half>(stored.element_type());
 #endif
   if (!run) return ffi::Error::InvalidArgument("no product of these types");
-  p.panel = p.rows > kFewRows && p.outputs >= 2048 ? 64 : 32;
+  p.panel = panel_of(p.rows, p.outputs, std::max<int64_t>(pool.num_threads(), 1));
   p.num_panels = (p.outputs + p.panel - 1) / p.panel;
   int64_t blocks = (p.rows + kRowBlock - 1) / kRowBlock;
   run_all(pool, p, run, p.num_panels * blocks);
