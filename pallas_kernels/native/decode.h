@@ -10,6 +10,10 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
 #define QUIRE_AVX512 1
+#elif defined(__AVX2__) && defined(__F16C__)
+#define QUIRE_AVX2 1
+#endif
+#if defined(QUIRE_AVX512) || defined(QUIRE_AVX2)
 #include <immintrin.h>
 #endif
 
@@ -159,14 +163,58 @@ inline void read32(const Reader<F>& reader, const uint8_t* row, Half* out) {
   _mm512_storeu_si512(out, reader.halves(row));
 }
 
+#elif defined(QUIRE_AVX2)
+
+// Eight numbers of a row.
+template <Format F>
+inline __m256 numbers(const uint8_t* row);
+
+template <>
+inline __m256 numbers<Format::kInt8>(const uint8_t* row) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row))));
+}
+
+template <>
+inline __m256 numbers<Format::kInt4>(const uint8_t* row) {  // each to the top of 32 bits of its own, and down again
+  int32_t eight;
+  std::memcpy(&eight, row, 4);
+  __m256i tops = _mm256_sllv_epi32(_mm256_set1_epi32(eight), _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0));
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(tops, 28));
+}
+
+template <>
+inline __m256 numbers<Format::kFp8>(const uint8_t* row) {  // as float16: sign, three bits of exponent more, mantissa
+  __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row)));
+  __m128i halves = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<int16_t>(0xbfff)));
+  __m256 value = _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(256));
+  __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), value);
+  return _mm256_or_ps(value, _mm256_cmp_ps(magnitude, _mm256_set1_ps(480), _CMP_EQ_OQ));  // which is e4m3fn's NaN
+}
+
+template <Format F>
+struct Reader {
+  __m256 scale, zero;
+  bool scaled;
+
+  Reader(float s, float z, bool scaled) : scale(_mm256_set1_ps(s)), zero(_mm256_set1_ps(z)), scaled(scaled) {}
+};
+
+template <Format F>
+inline void read32(const Reader<F>& reader, const uint8_t* row, float* out) {
+  for (int i = 0; i < 32; i += 8) {
+    __m256 value = _mm256_sub_ps(numbers<F>(row + i * kBits<F> / 8), reader.zero);
+    _mm256_storeu_ps(out + i, reader.scaled ? _mm256_mul_ps(value, reader.scale) : value);
+  }
+}
+
 #endif
 
-// `count` numbers from `first` on of the row at `row`. Without AVX-512 the compiler makes what it can of the loop.
+// `count` numbers from `first` on of the row at `row`. Without AVX2 the compiler makes what it can of the loop.
 template <Format F, typename Element>
 inline void decode(const uint8_t* row, int64_t first, int64_t count, float scale, float zero, bool scaled,
                    Element* out) {
   int64_t k = 0;
-#ifdef QUIRE_AVX512
+#if defined(QUIRE_AVX512) || defined(QUIRE_AVX2)
   Reader<F> reader(scale, zero, scaled);
   const uint8_t* bytes = row + first * kBits<F> / 8;
   for (; k + 32 <= count; k += 32) {

@@ -120,7 +120,33 @@ void multiply(const Element* x, int64_t x_stride, const Element* w, int64_t w_st
 }
 
 template <typename Element>
-using Multiply = void (*)(const Element*, int64_t, const Element*, int64_t, int64_t, float*, int64_t, bool);
+struct Tile {
+  void (*run)(const Element*, int64_t, const Element*, int64_t, int64_t, float*, int64_t, bool);
+  int64_t outputs;
+};
+
+// Sums fill the registers: 32 of AVX-512, and of ARM; 16 elsewhere.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int64_t kMostRows = 6;
+
+template <typename Element>
+Tile<Element> tile_of(int64_t rows) {
+  static constexpr Tile<Element> kTiles[] = {
+      {multiply<Element, 1, 8>, 8}, {multiply<Element, 2, 8>, 8}, {multiply<Element, 3, 8>, 8},
+      {multiply<Element, 4, 4>, 4}, {multiply<Element, 5, 4>, 4}, {multiply<Element, 6, 4>, 4},
+  };
+  return kTiles[rows - 1];
+}
+#else
+constexpr int64_t kMostRows = 3;
+
+template <typename Element>
+Tile<Element> tile_of(int64_t rows) {
+  static constexpr Tile<Element> kTiles[] = {
+      {multiply<Element, 1, 8>, 8}, {multiply<Element, 2, 4>, 4}, {multiply<Element, 3, 4>, 4}};
+  return kTiles[rows - 1];
+}
+#endif
 
 // ---- One problem
 
@@ -196,17 +222,14 @@ void decode_row(const Problem& p, int64_t output, int64_t from, int64_t to, cons
 template <typename Element>
 void multiply_rows(const Problem& p, int64_t row, int64_t num_rows, const Element* w, int64_t w_stride, int64_t from,
                    int64_t count, int64_t outputs, float* sums, int64_t sums_stride) {
-  static constexpr Multiply<Element> kWide[] = {multiply<Element, 1, 8>, multiply<Element, 2, 8>, multiply<Element, 3, 8>};
-  static constexpr Multiply<Element> kTall[] = {multiply<Element, 4, 4>, multiply<Element, 5, 4>, multiply<Element, 6, 4>};
   for (int64_t r = 0; r < num_rows;) {
     int64_t left = num_rows - r;
-    // 7 to 11 rows in two equal parts: 4 and 3 rather than 6 and 1.
-    int64_t take = left <= 6 ? left : left < 12 ? (left + 1) / 2 : 6;
+    // One or two rows more than a tile has, in two equal parts: 4 and 3 rather than 6 and 1.
+    int64_t take = left <= kMostRows ? left : left < 2 * kMostRows ? (left + 1) / 2 : kMostRows;
     const Element* x = static_cast<const Element*>(p.x) + (row + r) * p.stride + from;
-    int64_t width = take <= 3 ? 8 : 4;
-    Multiply<Element> run = take <= 3 ? kWide[take - 1] : kTall[take - 4];
-    for (int64_t n = 0; n < outputs; n += width)
-      run(x, p.stride, w + n * w_stride, w_stride, count, sums + r * sums_stride + n, sums_stride, from == 0);
+    Tile<Element> tile = tile_of<Element>(take);
+    for (int64_t n = 0; n < outputs; n += tile.outputs)
+      tile.run(x, p.stride, w + n * w_stride, w_stride, count, sums + r * sums_stride + n, sums_stride, from == 0);
     r += take;
   }
 }

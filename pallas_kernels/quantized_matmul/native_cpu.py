@@ -21,6 +21,7 @@ from pallas_kernels.quantized_matmul.problem import QuantizedMatmulProblem
 from pallas_kernels.quantized_matmul.weight import KINDS, QuantizedWeight
 
 PADDED = 32  # rows of activations are padded to a multiple of it
+MOST_ROWS_WITHOUT_DOTS = 16
 _MAX_FP8 = 448.0
 _LEAST_NORMAL_FP8 = 2.0**-6
 _LEAST_STEP_FP8 = 2.0**-9
@@ -43,11 +44,17 @@ def supports(problem: QuantizedMatmulProblem) -> str | None:
 
 
 def yields(problem: QuantizedMatmulProblem, device: Device) -> str | None:
-    """None, or the reason why "auto" passes it over: XLA's conversions and dots are faster than what the compiler makes
-    of the portable loops (docs/measurements/quantized-matmul-cpu.md).
+    """None, or the reason why "auto" passes it over: without AVX-512's dots of bfloat16 XLA is faster with many rows,
+    and as fast with integers that have one scale per output (docs/measurements/quantized-matmul-cpu.md).
     """
-    del problem, device
-    return None if native.has_bfloat16_dots() else "this processor lacks AVX-512's dots of bfloat16"
+    del device
+    if native.has_bfloat16_dots():
+        return None
+    if problem.m > MOST_ROWS_WITHOUT_DOTS:
+        return f"{problem.m} rows, on a processor without AVX-512's dots of bfloat16"
+    if problem.rule.dtype == "int8" and problem.group_size < 0:
+        return "8-bit integers without groups, on a processor without AVX-512's dots of bfloat16"
+    return None
 
 
 def run(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:

@@ -262,8 +262,10 @@ from pallas_kernels.quantized_matmul import OP, from_dense, quantized_matmul
 from pallas_kernels.quantized_matmul.cases import CASES
 library._settings = library.Settings(machine=sys.argv[1])
 assert not library.has_bfloat16_dots()
-quantized_matmul(jax.numpy.ones((2, 32)), from_dense(jax.numpy.ones((32, 8)), "w8a16"))
-assert "yields: this processor lacks" in OP.chosen["quantized_matmul"]
+for kind, rows, chosen in (("w8a16", 2, "xla"), ("w4a16", 16, "native_cpu"), ("w4a16", 17, "xla")):
+    quantized_matmul(jax.numpy.ones((rows, 32)), from_dense(jax.numpy.ones((32, 8)), kind))
+    assert OP.chosen["quantized_matmul"].startswith(chosen + " (")
+    assert ("yields: " in OP.chosen["quantized_matmul"]) == (chosen == "xla")
 call = jax.jit(quantized_matmul, static_argnames=("out_dtype", "implementation"))
 for case in CASES:
     if case.kind == "w8a8" and case.group_size < 0:
