@@ -19,14 +19,12 @@ from tests.quantization.packing import write_quantized
 from tests.quantization.test_gptq import Written, gptq_tensors
 
 NAMES = sorted(path.name for path in (GOLDEN / "quantized").glob("autoround-*"))
-FAST = ("autoround-mixed",)
 SETTINGS = {"max_num_batched_tokens": 24, "block_size": 8, "max_logprobs": -1}
 SIZES = {"vocab_size": VOCAB, "max_position_embeddings": 512, "num_hidden_layers": 2, "rms_norm_eps": 1e-3}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_logprobs_are_those_of_the_tool(name: str, make_engine: MakeEngine) -> None:
     """Checkpoints and values by AutoRound, logits by transformers, all in float32."""
     directory = GOLDEN / "quantized" / name

@@ -24,6 +24,7 @@ NAMES = [
     "autoround-to-awq",
     "autoround-to-gptq",
 ]
+SLOW = ("autoround-asym2", "autoround-sym8", "autoround-to-gptq")  # what takes time is to compile the unpacking
 FUSED = {
     "attn.qkv": {"self_attn.q_proj": 64, "self_attn.k_proj": 32, "self_attn.v_proj": 32},
     "mlp.gate_up": {"mlp.gate_proj": 96, "mlp.up_proj": 96},
@@ -36,7 +37,9 @@ def test_all_are_here() -> None:
     assert sorted(made) == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES]
+)
 def test_values(name: str) -> None:
     params = load_model(GOLDEN / name).params
     with np.load(GOLDEN / name / "golden.npz") as golden:
