@@ -18,7 +18,7 @@ from tests.quantization import test_auto_round, test_awq, test_gptq
 from tests.quantization.packing import write_quantized
 from tests.quantization.test_gptq import Written, gptq_tensors
 
-NAMES = sorted(path.name for path in (GOLDEN / "quantized").glob("autoround-*"))
+NAMES = sorted(path.name for tool in ("autoround", "gptqmodel") for path in (GOLDEN / "quantized").glob(f"{tool}-*"))
 SETTINGS = {"max_num_batched_tokens": 24, "block_size": 8, "max_logprobs": -1}
 SIZES = {"vocab_size": VOCAB, "max_position_embeddings": 512, "num_hidden_layers": 2, "rms_norm_eps": 1e-3}
 
@@ -26,7 +26,7 @@ SIZES = {"vocab_size": VOCAB, "max_position_embeddings": 512, "num_hidden_layers
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_logprobs_are_those_of_the_tool(name: str, make_engine: MakeEngine) -> None:
-    """Checkpoints and values by AutoRound, logits by transformers, all in float32."""
+    """Checkpoints and values by AutoRound and GPTQModel, logits by transformers, all in float32."""
     directory = GOLDEN / "quantized" / name
     engine = make_engine(str(directory), skip_tokenizer_init=True, max_num_batched_tokens=16)
     with np.load(directory / "golden.npz") as golden:

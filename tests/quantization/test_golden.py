@@ -1,4 +1,4 @@
-"""Checkpoints that AutoRound wrote itself: the values that its own classes read. Logits: tests/engine."""
+"""Checkpoints that AutoRound and GPTQModel wrote: the values that their own classes read. Logits: tests/engine."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ NAMES = [
     "autoround-sym8",
     "autoround-to-awq",
     "autoround-to-gptq",
+    "gptqmodel-act-order",
 ]
 SLOW = ("autoround-asym2", "autoround-sym8", "autoround-to-gptq")  # what takes time is to compile the unpacking
 FUSED = {
@@ -33,8 +34,8 @@ FUSED = {
 
 
 def test_all_are_here() -> None:
-    made = [file.parent.name for file in GOLDEN.glob("*/golden.json") if "auto-round" in file.read_text()]
-    assert sorted(made) == NAMES
+    made = [*GOLDEN.glob("autoround-*/golden.json"), *GOLDEN.glob("gptqmodel-*/golden.json")]
+    assert sorted(file.parent.name for file in made) == NAMES
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,13 @@ def test_symmetric_scales_are_signed() -> None:
     weight = load_model(GOLDEN / "autoround-sym4").params["layers.0.mlp.down.weight"]
     assert isinstance(weight, QuantizedWeight) and weight.zero_points is None
     assert 0.2 < float((weight.scales < 0).mean()) < 0.8
+
+
+def test_activation_order() -> None:
+    weight = load_model(GOLDEN / "gptqmodel-act-order").params["layers.0.attn.qkv.weight"]
+    assert isinstance(weight, QuantizedWeight) and weight.zero_points is not None
+    order = weight.input_order
+    assert order is not None and not np.array_equal(order, np.arange(64))
 
 
 def test_rules_of_modules_are_the_tools_own() -> None:
