@@ -35,6 +35,7 @@ from models.config import ModelConfig
 from models.functional import Params
 from models.loading.load import LoadedModel, load_model, read_generation_config
 from models.loading.resolver import FetchOptions, ModelFiles, resolve_model, resolve_tokenizer
+from pallas_kernels import native
 from pallas_kernels.registry import chosen_implementations
 
 logger = logging.getLogger("quire")
@@ -144,6 +145,7 @@ def _build(config: EngineConfig) -> BuiltEngine:
         loaded = load_weights(config.load, files.path, report)
     loaded_at = time.monotonic()
 
+    native.configure(environment.cache_dir / "native", config.kernels.cpu_compiler)
     ledger, program = make_program(config, loaded, environment.cache_dir / "xla")
     limits = program.limits
     with progress_bar("compiling", show=show) as report, ThreadPoolExecutor(1) as beside:

@@ -22,6 +22,7 @@ LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
 GENERATION_CONFIGS = ("auto", "none")
 POLICIES = ("fcfs", "priority")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "mosaic_gpu", "mosaic_gpu_simulated")
+MATMUL_IMPLEMENTATIONS = (*IMPLEMENTATIONS, "native_cpu")
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3")
 QUANTIZATIONS = (*SCHEMES, KEEP_BLOCKS)
 
@@ -184,13 +185,18 @@ class KernelConfig:
     """Which implementation runs: 'auto' climbs the ladder and logs its choice, a name runs or refuses."""
 
     attention_implementation: str = _setting("auto", "implementation of paged attention", IMPLEMENTATIONS)
-    matmul_implementation: str = _setting("auto", "implementation of products with quantized weights", IMPLEMENTATIONS)
+    matmul_implementation: str = _setting(
+        "auto", "implementation of products with quantized weights", MATMUL_IMPLEMENTATIONS
+    )
+    cpu_compiler: str = _setting(
+        "auto", "C++ compiler of native kernels on a CPU; auto = the one installed, '' = no such kernels"
+    )
     pin_cpu_threads: bool = _setting(True, "on a CPU, keep each of XLA's worker threads on a core of its own")
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_choice("attention_implementation", self.attention_implementation, IMPLEMENTATIONS)
-        _check_choice("matmul_implementation", self.matmul_implementation, IMPLEMENTATIONS)
+        _check_choice("matmul_implementation", self.matmul_implementation, MATMUL_IMPLEMENTATIONS)
 
 
 PARTS = ("load", "cache", "scheduler", "compile", "kernels")

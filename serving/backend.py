@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 
 from engine.client import EngineClient
 from engine.config import EngineConfig
+from engine.evaluation import EvaluationReport
 from engine.outputs import RequestOutput
 from engine.runtime.progress import Report
 from engine.sampling_params import SamplingParams
@@ -84,6 +85,9 @@ class ClientFactory(Protocol):
 # Writes the model of a configuration into a folder that does not exist yet, reporting how far it is.
 ModelConverter = Callable[[EngineConfig, Path, Report], None]
 
+# Measures a model, beside a reference if there is one, on a text (None = the one that comes with Quire) in windows.
+ModelEvaluator = Callable[[EngineConfig, EngineConfig | None, str | None, int, Report], EvaluationReport]
+
 
 def create_engine(model: str, **settings: Any) -> EngineLike:
     """Load a model and make it ready to serve."""
@@ -111,3 +115,13 @@ def convert_model(config: EngineConfig, out: Path, progress: Report) -> None:
     from engine.convert import convert_model as convert
 
     convert(config, out, progress)
+
+
+def evaluate_model(
+    config: EngineConfig, reference: EngineConfig | None, text: str | None, window: int, progress: Report
+) -> EvaluationReport:
+    """Measure the model of `config`, and how its predictions differ from the reference's."""
+    # Imported late on purpose, as in `create_engine`.
+    from engine.evaluate import evaluate_model as evaluate
+
+    return evaluate(config, reference, text, window, progress)

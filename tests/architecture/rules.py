@@ -27,6 +27,7 @@ JAX_FREE = (
     "engine/client.py",
     "engine/config.py",
     "engine/errors.py",
+    "engine/evaluation.py",
     "engine/input_processor.py",
     "engine/outputs.py",
     "engine/remote/__init__.py",

@@ -59,7 +59,7 @@ def everything(bits: int = 4, group_size: int = 32, version: int = 1, sym: bool 
 
 
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (5, 6, 7)), 8])
 def test_bits(bits: int, version: int, tmp_path: Path) -> None:
     layout = "auto_round:auto_gptq" if version == 1 else "auto_round"
     values = write_quantized(tmp_path, config_of(bits=bits, packing_format=layout), everything(bits, version=version))

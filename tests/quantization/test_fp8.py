@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from engine.config import EngineConfig
+from engine.convert import convert_model
 from models.errors import UnsupportedModelError, WeightsError
 from models.layers.product import MixedWeight, product
 from models.loading.load import load_model
@@ -281,3 +283,11 @@ def test_damaged(suffix: str, number: float | None, message: str, tmp_path: Path
     write_quantized(tmp_path, config_of(activation_scheme="static"), quantize)
     with pytest.raises(WeightsError, match=message):
         load_model(tmp_path)
+
+
+def test_converting_is_refused(tmp_path: Path) -> None:
+    write_quantized(tmp_path / "m", config_of((32, 32)), in_blocks((32, 32)))
+    config = EngineConfig.from_flat(model=str(tmp_path / "m"))
+    with pytest.raises(UnsupportedModelError, match=r"full-precision weights, .* are quantized: fp8 \(w8a8_fp8"):
+        convert_model(config, tmp_path / "out", lambda done, total, what: None)
+    assert not (tmp_path / "out").exists()
