@@ -28,6 +28,7 @@ JAX_FREE = (
     "engine/config.py",
     "engine/errors.py",
     "engine/evaluation.py",
+    "engine/quantizing.py",
     "engine/input_processor.py",
     "engine/outputs.py",
     "engine/remote/__init__.py",
