@@ -12,7 +12,7 @@ from engine.builder import fetch_options, load_weights
 from engine.config import EngineConfig, Environment
 from engine.errors import ConfigError, InvalidRequestError
 from engine.evaluation import DEFAULT_WINDOW, Comparison, Evaluated, EvaluationReport
-from engine.runtime.compile import enable_persistent_cache
+from engine.runtime.compile import COUNTER, enable_persistent_cache
 from engine.runtime.progress import Report
 from engine.text.tokenizer import Tokenizer
 from models.loading.resolver import resolve_model, resolve_tokenizer
@@ -50,14 +50,16 @@ def evaluate_model(
         raise ConfigError(f"window must be at least 8 tokens, got {window}.")
     chosen = held_out_text() if text is None else text
     report = progress or (lambda done, total, what: None)
-    base = None if reference is None else _run(reference, chosen, window, report)
-    found = _run(config, chosen, window, report)
+    with COUNTER.building():  # what is compiled here is no shape that escaped a bucket
+        base = None if reference is None else _run(reference, chosen, window, report)
+        found = _run(config, chosen, window, report)
     if base is not None and not np.array_equal(found.windows, base.windows):
         raise ConfigError(
             f"{config.load.model} and {base.config.load.model} read the text as different tokens; "
             "a reference must have the same tokenizer."
         )
-    return _report(found, base, window)
+    with COUNTER.building():
+        return _report(found, base, window)
 
 
 @dataclass(frozen=True)

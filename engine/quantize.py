@@ -13,7 +13,7 @@ from engine.config import EngineConfig, Environment
 from engine.errors import InvalidRequestError
 from engine.evaluate import evaluate_model
 from engine.quantizing import QuantizationReport, Settings
-from engine.runtime.compile import enable_persistent_cache
+from engine.runtime.compile import COUNTER, enable_persistent_cache
 from engine.runtime.progress import Report
 from engine.text.tokenizer import Tokenizer
 from models.loading.resolver import ModelKind, resolve_model, resolve_tokenizer
@@ -63,7 +63,8 @@ def quantize(
     tokenizer = Tokenizer.load(files.path if named is None else resolve_tokenizer(named, options))
     windows = _windows(tokenizer, calibration_text() if text is None else text, settings)
     enable_persistent_cache(config.compile, environment.cache_dir / "xla")
-    layers = quantize_model(files.path, out, settings, windows, report)
+    with COUNTER.building():  # what is compiled here is no shape that escaped a bucket
+        layers = quantize_model(files.path, out, settings, windows, report)
     if files.kind is ModelKind.GGUF or named is not None:
         tokenizer.save(out)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
