@@ -36,6 +36,7 @@ from models.config import ModelConfig
 from models.functional import Params
 from models.loading.load import LoadedModel, load_model, read_generation_config
 from models.loading.resolver import FetchOptions, ModelFiles, resolve_model, resolve_tokenizer
+from pallas_kernels import native
 from pallas_kernels.registry import chosen_implementations
 
 logger = logging.getLogger("quire")
@@ -145,6 +146,7 @@ def _build(config: EngineConfig) -> BuiltEngine:
         loaded = load_weights(config.load, files.path, report)
     loaded_at = time.monotonic()
 
+    native.configure(environment.cache_dir / "native", config.kernels.cpu_compiler)
     ledger, program = make_program(config, loaded, environment.cache_dir / "xla")
     limits = program.limits
     with progress_bar("compiling", show=show) as report, ThreadPoolExecutor(1) as beside:
@@ -253,7 +255,7 @@ def make_program(config: EngineConfig, loaded: LoadedModel, cache_dir: Path) -> 
             f"Set quantization to one of {', '.join(QUANTIZATIONS)}, or leave it 'auto'."
         )
     dtype = loaded.dtype
-    limits = resolve_limits(config, loaded.config, dtype)
+    limits = resolve_limits(config, loaded.config, dtype, loaded.kv_cache_dtype)
     enable_persistent_cache(config.compile, cache_dir)
     ledger, program = _size(config, loaded.config, loaded.params, limits)
     logger.info("memory: %s", ledger)

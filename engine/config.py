@@ -17,15 +17,16 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.speculative.settings import SpeculativeSettings, parse_speculative
-from models.quantization.schemes import SCHEMES
+from models.quantization.schemes import KEEP_BLOCKS, SCHEMES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
 GENERATION_CONFIGS = ("auto", "none")
 POLICIES = ("fcfs", "priority")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "mosaic_gpu", "mosaic_gpu_simulated")
+MATMUL_IMPLEMENTATIONS = (*IMPLEMENTATIONS, "native_cpu")
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3")
-QUANTIZATIONS = tuple(SCHEMES)
+QUANTIZATIONS = (*SCHEMES, KEEP_BLOCKS)
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:  # noqa: A002 - argparse's own word
@@ -70,7 +71,10 @@ class ModelLoadConfig:
     skip_tokenizer_init: bool = _setting(False, "load no tokenizer: prompts are token ids, outputs have no text")
     dtype: str = _setting("auto", "dtype of weights and activations; auto = the checkpoint's own", DTYPES)
     quantization: str | None = _setting(
-        None, "round the layers' matrices while loading; default: as the checkpoint has them", QUANTIZATIONS
+        None,
+        "round the layers' matrices while loading; gguf = keep a GGUF file's blocks packed; default: as the checkpoint "
+        "has them, GGUF dequantized",
+        QUANTIZATIONS,
     )
     load_format: str = _setting("auto", "format of the weights; dummy = seeded random weights", LOAD_FORMATS)
     max_model_len: int | None = _setting(None, "longest prompt + output, in tokens; default: the model's own limit")
@@ -183,13 +187,18 @@ class KernelConfig:
     """Which implementation runs: 'auto' climbs the ladder and logs its choice, a name runs or refuses."""
 
     attention_implementation: str = _setting("auto", "implementation of paged attention", IMPLEMENTATIONS)
-    matmul_implementation: str = _setting("auto", "implementation of products with quantized weights", IMPLEMENTATIONS)
+    matmul_implementation: str = _setting(
+        "auto", "implementation of products with quantized weights", MATMUL_IMPLEMENTATIONS
+    )
+    cpu_compiler: str = _setting(
+        "auto", "C++ compiler of native kernels on a CPU; auto = the one installed, '' = no such kernels"
+    )
     pin_cpu_threads: bool = _setting(True, "on a CPU, keep each of XLA's worker threads on a core of its own")
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_choice("attention_implementation", self.attention_implementation, IMPLEMENTATIONS)
-        _check_choice("matmul_implementation", self.matmul_implementation, IMPLEMENTATIONS)
+        _check_choice("matmul_implementation", self.matmul_implementation, MATMUL_IMPLEMENTATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)

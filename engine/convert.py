@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
+
 from engine.builder import fetch_options
 from engine.config import EngineConfig, Environment
-from engine.errors import ConfigError
+from engine.errors import ConfigError, UnsupportedModelError
 from engine.runtime.progress import Report
 from engine.text.tokenizer import Tokenizer
 from models.loading.load import load_model
@@ -24,6 +26,7 @@ def convert_model(config: EngineConfig, out: Path, progress: Report) -> None:
 
     Raises:
         ConfigError: a quantization is set.
+        UnsupportedModelError: the checkpoint is quantized, and its matrices stay packed.
         QuireError: of the kind that fits: model not found, unsupported, damaged; `out` exists or cannot be written.
     """
     if config.load.quantization is not None:
@@ -35,6 +38,11 @@ def convert_model(config: EngineConfig, out: Path, progress: Report) -> None:
         config.load.model, fetch_options(config.load, Environment.read(), progress), config.load.revision
     )
     loaded = load_model(files.path, config.load.load_format, config.load.dtype, config.load.seed, progress)
+    if not all(isinstance(weight, jax.Array) for weight in loaded.params.values()):
+        raise UnsupportedModelError(
+            f"A converted checkpoint holds full-precision weights, and those of {config.load.model} are quantized: "
+            f"{loaded.quantization}. Serve it as it is."
+        )
     originals = files.path if files.path.is_dir() else None
     save_checkpoint(loaded.params, loaded.config, out, originals)
     if files.kind is ModelKind.GGUF:

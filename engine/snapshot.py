@@ -22,5 +22,6 @@ def snapshot(core: EngineCore) -> dict[str, Any]:
         **vars(core.stats),
         "finished": dict(core.stats.finished),
         "step_tokens": dict(core.stats.step_tokens),
+        "accepted_at": list(core.stats.accepted_at),
     }
     return {**asdict(core.scheduler.stats()), **totals, "compiles_after_ready": COUNTER.after_ready}

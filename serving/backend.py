@@ -10,7 +10,9 @@ from typing import Any, Protocol, Self
 
 from engine.client import EngineClient
 from engine.config import EngineConfig
+from engine.evaluation import EvaluationReport
 from engine.outputs import RequestOutput
+from engine.quantizing import QuantizationReport, Settings
 from engine.runtime.progress import Report
 from engine.sampling_params import SamplingParams
 
@@ -84,6 +86,11 @@ class ClientFactory(Protocol):
 # Writes the model of a configuration into a folder that does not exist yet, reporting how far it is.
 ModelConverter = Callable[[EngineConfig, Path, Report], None]
 
+# Measures a model, beside a reference if there is one, on a text (None = the one that comes with Quire) in windows.
+ModelEvaluator = Callable[[EngineConfig, EngineConfig | None, str | None, int, Report], EvaluationReport]
+# Writes a quantized checkpoint: (model, out, settings, calibration text, whether to measure it, progress) -> report.
+ModelQuantizer = Callable[[EngineConfig, Path, Settings, str | None, bool, Report], QuantizationReport]
+
 
 def create_engine(model: str, **settings: Any) -> EngineLike:
     """Load a model and make it ready to serve."""
@@ -111,3 +118,23 @@ def convert_model(config: EngineConfig, out: Path, progress: Report) -> None:
     from engine.convert import convert_model as convert
 
     convert(config, out, progress)
+
+
+def quantize_model(
+    config: EngineConfig, out: Path, settings: Settings, text: str | None, evaluate: bool, progress: Report
+) -> QuantizationReport:
+    """Write a quantized checkpoint of the model of `config` to `out`."""
+    # Imported late on purpose, as in `create_engine`.
+    from engine.quantize import quantize
+
+    return quantize(config, out, settings, text, evaluate=evaluate, progress=progress)
+
+
+def evaluate_model(
+    config: EngineConfig, reference: EngineConfig | None, text: str | None, window: int, progress: Report
+) -> EvaluationReport:
+    """Measure the model of `config`, and how its predictions differ from the reference's."""
+    # Imported late on purpose, as in `create_engine`.
+    from engine.evaluate import evaluate_model as evaluate
+
+    return evaluate(config, reference, text, window, progress)

@@ -15,10 +15,21 @@ from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 
 from engine.errors import QuireError
-from serving.backend import ClientFactory, EngineFactory, ModelConverter, convert_model, create_client, create_engine
+from serving.backend import (
+    ClientFactory,
+    EngineFactory,
+    ModelConverter,
+    ModelEvaluator,
+    ModelQuantizer,
+    convert_model,
+    create_client,
+    create_engine,
+    evaluate_model,
+    quantize_model,
+)
 from serving.bench import latency, throughput
 from serving.bench import serve as bench_serve
-from serving.commands import chat, convert, generate, serve
+from serving.commands import chat, convert, evaluate, generate, quantize, serve
 from serving.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, exit_code
 from serving.version import package_version
 
@@ -32,6 +43,8 @@ def main(
     engine_factory: EngineFactory = create_engine,
     converter: ModelConverter = convert_model,
     client_factory: ClientFactory = create_client,
+    evaluator: ModelEvaluator = evaluate_model,
+    quantizer: ModelQuantizer = quantize_model,
 ) -> int:
     """Run one command.
 
@@ -40,6 +53,8 @@ def main(
         engine_factory: makes the engine from a model reference and flat settings.
         converter: does the work of `quire convert`.
         client_factory: makes the engine of `quire serve`.
+        evaluator: does the work of `quire eval`.
+        quantizer: does the work of `quire quantize`.
 
     Returns:
         The exit code.
@@ -47,7 +62,7 @@ def main(
     Raises:
         SystemExit: `--help`, `--version`, or arguments that cannot be parsed (argparse's own ways).
     """
-    args = build_parser(engine_factory, converter, client_factory).parse_args(argv)
+    args = build_parser(engine_factory, converter, client_factory, evaluator, quantizer).parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?", not an error
     try:
@@ -70,7 +85,11 @@ def main(
 
 
 def build_parser(
-    engine_factory: EngineFactory, converter: ModelConverter, client_factory: ClientFactory = create_client
+    engine_factory: EngineFactory,
+    converter: ModelConverter,
+    client_factory: ClientFactory = create_client,
+    evaluator: ModelEvaluator = evaluate_model,
+    quantizer: ModelQuantizer = quantize_model,
 ) -> argparse.ArgumentParser:
     """The parser of all commands. `args.run(args)` of what it parses runs the command."""
     parser = argparse.ArgumentParser(
@@ -88,6 +107,8 @@ def build_parser(
     throughput.set_up(_command(measurements, "throughput", throughput.SUMMARY), engine_factory)
     bench_serve.set_up(_command(measurements, "serve", bench_serve.SUMMARY))
     convert.set_up(_command(commands, "convert", convert.SUMMARY), converter)
+    evaluate.set_up(_command(commands, "eval", evaluate.SUMMARY), evaluator)
+    quantize.set_up(_command(commands, "quantize", quantize.SUMMARY), quantizer)
     return parser
 
 

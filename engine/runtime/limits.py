@@ -43,8 +43,16 @@ class RuntimeLimits:
         return -(-self.max_model_len // self.block_size)
 
 
-def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: str) -> RuntimeLimits:
+def resolve_limits(
+    config: EngineConfig, model: ModelConfig, dtype: str, kv_cache_dtype: str | None = None
+) -> RuntimeLimits:
     """Fill in what the user left open.
+
+    Args:
+        config: what the user said.
+        model: the decoder.
+        dtype: of activations.
+        kv_cache_dtype: what the checkpoint wants where the user says "auto"; None = `dtype`.
 
     Raises:
         ConfigError: the settings contradict the model or each other.
@@ -79,5 +87,6 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: str) -> Runt
             f"speculative_config: num_speculative_tokens={num_drafts} and a token of the sequence do not fit in "
             f"max_num_batched_tokens={tokens}."
         )
-    kv_dtype = KV_DTYPES.get(config.cache.kv_cache_dtype, dtype)
+    asked = config.cache.kv_cache_dtype
+    kv_dtype = KV_DTYPES.get((kv_cache_dtype or asked) if asked == "auto" else asked, dtype)
     return RuntimeLimits(seqs, tokens, length, config.cache.block_size, dtype, kv_dtype, num_drafts)

@@ -131,7 +131,11 @@ def assemble(
             for tensor in assemblies[name].sources:
                 part = _pack_projection(name, tensor, source, weight_format, dtype)
                 parts.append(plain(tensor) if part is None else part)
-            return side_by_side(parts)
+            weight = side_by_side(parts)
+            # A head lies [out, in]; packed matrices lie so anyway.
+            if isinstance(weight, jax.Array) and not assemblies[name].transpose:
+                return weight.T
+            return weight
 
         packed = Packed(sizes, pack)
         return stream_to_device(parameter_shapes(config), dtype, fill, progress, packed)

@@ -57,15 +57,19 @@ class GgufTensor:
     kind: GGMLQuantizationType
     data: np.ndarray
 
+    @property
+    def rows(self) -> np.ndarray:
+        """uint8[product of all axes but the last, bytes of a row]: the blocks as they are stored."""
+        block, block_bytes = GGML_QUANT_SIZES[self.kind]
+        return self.data.reshape(-1, self.shape[-1] // block * block_bytes)
+
     def values(self) -> np.ndarray:
         """float32[shape], dequantized; for F32 a read-only view of the file.
 
         Only for types that the `gguf` package can dequantize: `models.loading.gguf.SUPPORTED_KINDS` is checked before.
         """
-        block, block_bytes = GGML_QUANT_SIZES[self.kind]
         # In rows, because the package works on a few rows at a time: a flat array would make temporaries as large.
-        rows = self.data.reshape(-1, self.shape[-1] // block * block_bytes)
-        return np.asarray(dequantize(rows, self.kind), dtype=np.float32).reshape(self.shape)
+        return np.asarray(dequantize(self.rows, self.kind), dtype=np.float32).reshape(self.shape)
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ from models.loading.manifest import read_manifest
 from models.loading.orbax import is_quire_checkpoint, load_checkpoint
 from models.loading.safetensors import has_safetensors, open_safetensors
 from models.loading.source import Progress, TensorSource
-from models.quantization.checkpoints import checkpoint_format
+from models.quantization.checkpoints import checkpoint_format, kv_cache_dtype
 from models.quantization.format import WeightFormat, summary
+from models.quantization.gguf import Gguf
 from models.quantization.on_load import OnLoad
-from models.quantization.schemes import storages_of
+from models.quantization.schemes import KEEP_BLOCKS, storages_of
 from models.registry import resolve_family
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,13 @@ class LoadedModel:
         config: the decoder.
         params: by name (`models.parameters.parameter_shapes`).
         quantization: in words, which parameters are packed and how; None if none is.
+        kv_cache_dtype: in which the checkpoint wants keys and values to be kept; None if it does not say.
     """
 
     config: ModelConfig
     params: Params
     quantization: str | None = None
+    kv_cache_dtype: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -58,14 +61,16 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's files, read as far as its config; `open_tensors` goes on to the weights, of which some matrices are
-    stored in `weight_format` if they are quantized.
+    """A model's files, read as far as its config (`raw`, as `config.json` says it); `open_tensors` goes on to the
+    weights, of which some matrices are stored in `weight_format` if they are quantized.
     """
 
     family: Family
     config: ModelConfig
     open_tensors: Callable[[], TensorSource]
+    raw: RawConfig
     weight_format: WeightFormat | None = None
+    kv_cache_dtype: str | None = None
 
 
 def load_model(
@@ -86,16 +91,19 @@ def load_model(
         dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own.
         seed: of dummy weights.
         progress: called after each parameter.
-        quantization: None, or a key of `models.quantization.schemes.SCHEMES`: the layers' matrices are rounded so.
+        quantization: None; a key of `models.quantization.schemes.SCHEMES`: the layers' matrices are rounded so; or
+            `KEEP_BLOCKS`: matrices of a GGUF file stay in its blocks, as far as the device can hold them.
 
     Raises:
         ModelNotFoundError: the model, its config or its weights are not there.
         UnsupportedModelError: the architecture, a config value, a dtype, the format or the quantization is not
-            supported, or the checkpoint is quantized already.
+            supported, the checkpoint is quantized already, or is no GGUF file whose blocks could be kept.
         WeightsError: the files are damaged, or the weights do not fit the config.
     """
     chosen = choose_format(path, load_format)
     logger.info("load_format: %s (asked for: %s)", chosen, load_format)
+    if quantization == KEEP_BLOCKS and chosen != "gguf":
+        raise UnsupportedModelError(f"quantization={KEEP_BLOCKS!r} is for GGUF files, and {path} is {chosen}.")
     if chosen == "orbax":
         config, params = load_checkpoint(path, dtype, progress, quantization)
         return _loaded(config, params, quantization)
@@ -104,10 +112,11 @@ def load_model(
         storages = None if quantization is None else storages_of(config, quantization)
         params = dummy_parameters(config, resolve_dtype(dtype, config), seed, progress, storages)
         return _loaded(config, params, quantization)
-    checkpoint = open_checkpoint(path, chosen)
+    keeps_blocks = quantization == KEEP_BLOCKS  # `in (None, KEEP_BLOCKS)` would make it the default
+    checkpoint = open_checkpoint(path, chosen, keeps_blocks)
     config, resolved = checkpoint.config, resolve_dtype(dtype, checkpoint.config)
     weight_format = checkpoint.weight_format
-    if quantization is not None:
+    if quantization not in (None, KEEP_BLOCKS):
         if weight_format is not None:
             raise UnsupportedModelError(
                 f"This checkpoint is quantized already ({weight_format.name}): quantization={quantization!r} is for "
@@ -115,7 +124,8 @@ def load_model(
             )
         weight_format = OnLoad(quantization, storages_of(config, quantization))
     params = assemble(checkpoint.family, config, checkpoint.open_tensors(), resolved, progress, weight_format)
-    return _loaded(config, params, None if weight_format is None else weight_format.name)
+    loaded = _loaded(config, params, None if weight_format is None else weight_format.name)
+    return replace(loaded, kv_cache_dtype=checkpoint.kv_cache_dtype)
 
 
 def _loaded(config: ModelConfig, params: Params, quantization: str | None) -> LoadedModel:
@@ -158,8 +168,13 @@ def choose_format(path: Path, load_format: str) -> str:
     return "safetensors"
 
 
-def open_checkpoint(path: Path, load_format: str) -> Checkpoint:
-    """Read a model's config and find its family; `load_format` is "safetensors" or "gguf".
+def open_checkpoint(path: Path, load_format: str, keeps_blocks: bool = False) -> Checkpoint:
+    """Read a model's config and find its family.
+
+    Args:
+        path: as for `load_model`.
+        load_format: "safetensors" or "gguf".
+        keeps_blocks: whether matrices of a GGUF file stay packed.
 
     Raises:
         As `load_model`.
@@ -167,7 +182,8 @@ def open_checkpoint(path: Path, load_format: str) -> Checkpoint:
     if load_format == "gguf":
         file = read_gguf(_gguf_file(path))
         raw, generation = gguf_config(file), {}
-        return _checkpoint(raw, generation, lambda: GgufTensors(file))
+        checkpoint = _checkpoint(raw, generation, lambda: GgufTensors(file, packed=keeps_blocks))
+        return replace(checkpoint, weight_format=Gguf()) if keeps_blocks else checkpoint
     if not path.is_dir():
         raise ModelNotFoundError(
             f"{path} is not a directory: safetensors weights come with a {CONFIG_NAME} beside them."
@@ -176,7 +192,11 @@ def open_checkpoint(path: Path, load_format: str) -> Checkpoint:
         raise ModelNotFoundError(f"{path} has no {CONFIG_NAME}.")
     raw = read_json(path / CONFIG_NAME)
     checkpoint = _checkpoint(raw, read_generation_config(path), lambda: open_safetensors(path))
-    return replace(checkpoint, weight_format=checkpoint_format(raw, lambda name: _side_file(path / name)))
+    return replace(
+        checkpoint,
+        weight_format=checkpoint_format(raw, lambda name: _side_file(path / name)),
+        kv_cache_dtype=kv_cache_dtype(raw),
+    )
 
 
 def read_generation_config(path: Path) -> RawConfig:
@@ -213,7 +233,7 @@ def _side_file(file: Path) -> RawConfig | None:
 
 def _checkpoint(raw: RawConfig, generation: RawConfig, open_tensors: Callable[[], TensorSource]) -> Checkpoint:
     family = resolve_family(strings(raw, "architectures") or ())
-    return Checkpoint(family, family.translate(raw, generation), open_tensors)
+    return Checkpoint(family, family.translate(raw, generation), open_tensors, raw)
 
 
 def _gguf_file(path: Path) -> Path:

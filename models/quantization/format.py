@@ -101,7 +101,8 @@ def _joined(rows: Sequence[jax.Array | None]) -> jax.Array | None:
 
 def _alike(a: QuantizedWeight, b: QuantizedWeight) -> bool:
     """Whether two matrices can be one: the same numbers in the same groups, met by the same activations."""
-    if (a.kind, a.group_size, a.scales.dtype) != (b.kind, b.group_size, b.scales.dtype):
+    rule, other_rule = ((m.kind, m.group_size, m.scales.dtype, m.input_limit) for m in (a, b))
+    if rule != other_rule:
         return False
     if (a.offsets is None) != (b.offsets is None):
         return False

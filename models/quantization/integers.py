@@ -18,6 +18,17 @@ logger = logging.getLogger(__name__)
 MOST_BITS_OF_INT4 = 4
 
 
+def finite(scales: np.ndarray) -> np.ndarray:
+    """The scales of a checkpoint.
+
+    Raises:
+        WeightsError: one of them is not finite.
+    """
+    if not np.isfinite(scales.astype(np.float32)).all():
+        raise WeightsError("its scales hold numbers that are not finite.")
+    return scales
+
+
 def kind_of(bits: int) -> str:
     """Of weights that meet 16-bit activations: 4 bits or fewer lie in int4, up to 8 in int8."""
     return "w4a16" if bits <= MOST_BITS_OF_INT4 else "w8a16"

@@ -67,6 +67,9 @@ SCHEMES: Mapping[str, Scheme] = {
     "int4_g128": _int4(128),
 }
 
+KEEP_BLOCKS = "gguf"
+"""The name of `quantization=` that rounds nothing: a GGUF file's own blocks stay packed."""
+
 MATRICES = ("attn.qkv.weight", "attn.o.weight", "mlp.gate_up.weight", "mlp.down.weight")  # of a layer
 
 

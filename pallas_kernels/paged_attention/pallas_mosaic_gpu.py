@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.device import current_device
 from pallas_kernels.kv_layout import QUANTIZED, Pages
-from pallas_kernels.mosaic import SMEM_LIMIT, Hopper, swizzle_of
+from pallas_kernels.mosaic import SMEM_LIMIT, Hopper
 from pallas_kernels.paged_attention.config import AttentionConfig, heuristic, resolve, smem_bytes
 from pallas_kernels.paged_attention.mosaic_plan import Plan, make_plan
 from pallas_kernels.paged_attention.pallas_mosaic_kernel import Kernel
@@ -40,10 +40,6 @@ def supports(problem: AttentionProblem) -> str | None:
         return f"head dim {problem.head_dim} is none of {HEAD_DIMS}"
     if problem.page_size not in PAGE_SIZES:
         return f"page size {problem.page_size} is none of {PAGE_SIZES}"
-    if swizzle_of(problem.head_dim, problem.kv_dtype) is None:
-        return f"rows of {problem.head_dim} {problem.kv_dtype} have no swizzled layout in shared memory"
-    if problem.kv_dtype in QUANTIZED and problem.head_dim > 128:
-        return f"sums of {problem.head_dim} columns leave no registers to widen {problem.kv_dtype} pages"
     for num_tokens in (1, 1 << 20):
         needed = smem_bytes(heuristic(problem, num_tokens), problem)
         if needed > SMEM_LIMIT:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -28,15 +28,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.kv_layout import QUANTIZED, Pages
-from pallas_kernels.mosaic import LOG2E, MASKED, ROWS_OF_TILE, Hopper, compiler_params, i32, mma_transforms
+from pallas_kernels.mosaic import LOG2E, MASKED, ROWS_OF_TILE, Hopper, compiler_params, i32, mma_transforms, swizzle_of
 from pallas_kernels.paged_attention import mosaic_plan as columns
 from pallas_kernels.paged_attention.config import WARPGROUP_ROWS, AttentionConfig, columns_at_a_time
 from pallas_kernels.paged_attention.mosaic_plan import Plan
 from pallas_kernels.paged_attention.pallas_mosaic_merge import PIECES, stored_columns
+from pallas_kernels.paged_attention.pallas_mosaic_refs import Refs, Task, eights, slot_of
+from pallas_kernels.paged_attention.pallas_mosaic_widen import Widener
 from pallas_kernels.paged_attention.problem import AttentionProblem
 
 SCALE_LINE = 32  # float32 of 128 bytes
-WIDE_COLUMNS = 128  # of narrow keys and values that are widened at a time
 # Registers per thread of (compute, widener, loader), by the number of compute warpgroups. A block starts with
 # `registers_at_start` for each thread, and what some take others must have given up: a sum beyond that waits forever.
 REGISTERS_QUANTIZED = {1: (240, 160, 40), 2: (184, 104, 40)}
@@ -48,58 +49,6 @@ WARPGROUP_THREADS = 128
 def registers_at_start(num_warpgroups: int) -> int:
     """Registers per thread that the assembler gives a block that fills a core."""
     return min(240, REGISTER_FILE // (WARPGROUP_THREADS * num_warpgroups) // 8 * 8)
-
-
-class Refs(NamedTuple):
-    """What the kernel sees. R packed rows, X rows of partial results, W compute warpgroups, C keys per block."""
-
-    q: Any  # [R, K, D]
-    pages: Any  # [N*2*K, P, D]
-    items: Any  # int32[I, 12]
-    count: Any  # int32[1]
-    tables: Any  # int32[S, B]
-    out: Any  # [R, K, D]
-    q_smem: Any  # [W * buffers, 64, D]
-    k_smem: Any  # [stages, C, D]
-    v_smem: Any
-    q_full: Any
-    k_full: Any
-    v_full: Any
-    k_free: Any
-    v_free: Any
-    v_clean: Any = None  # two warpgroups: the first has cleaned the values
-    sinks: Any = None  # float32[K, G + 64 W], periodic
-    partial: Any = None  # float32[K, X, D'], see `pallas_mosaic_merge`
-    lse: Any = None  # float32[K, X, 8], base 2, equal along the last axis
-    partial_smem: Any = None  # float32[64, columns]
-    lse_smem: Any = None  # float32[64, 8]
-    scales: Any = None  # float32[N*2*K, P], and all that follows: quantized pages
-    narrow_k: Any = None  # [stages, C, D]
-    narrow_v: Any = None
-    narrow_k_scale: Any = None  # float32[stages, pages of a block, 32]
-    narrow_v_scale: Any = None
-    k_scale: Any = None  # float32[1, C]
-    v_scale: Any = None
-    narrow_k_full: Any = None
-    narrow_v_full: Any = None
-    narrow_k_free: Any = None
-    narrow_v_free: Any = None
-
-
-class Task(NamedTuple):
-    """One item and one kv head: scalars."""
-
-    item: jax.Array
-    head: jax.Array
-    position: jax.Array  # of the sequence's first new token
-    context: jax.Array
-    low: jax.Array  # key blocks [low, high) to visit
-    high: jax.Array
-
-
-def _eights(start: jax.Array, size: int) -> Any:
-    """Rows from a multiple of 8 on, which the compiler must be told."""
-    return pl.ds(pl.multiple_of(start, ROWS_OF_TILE), size)
 
 
 @dataclass(frozen=True)
@@ -207,7 +156,7 @@ class Kernel:
             def one(block: jax.Array, pages: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 following = pages_of(block + 1)  # on its way while this block waits for its slots
                 number = before + block - task.low
-                slot = lax.rem(number, i32(stages))
+                slot = slot_of(number, stages)
                 for which, (smem, scale_smem, full, free) in enumerate(
                     (
                         (keys, refs.narrow_k_scale, k_full, k_free),
@@ -238,67 +187,21 @@ class Kernel:
 
         @pl.loop(jnp.maximum(total - stages, 0), total)
         def _(number: jax.Array) -> None:
+            slot = slot_of(number, stages)
             for barrier in barriers:
-                plgpu.barrier_wait(barrier.at[lax.rem(number, i32(stages))])
+                plgpu.barrier_wait(barrier.at[slot])
 
     # --- widener ------------------------------------------------------------------------------------------------
 
     def widen(self, refs: Refs) -> None:
-        """Turn quantized keys and values into queries' dtype. Scales stay apart: stored numbers are exact so."""
-        block_size, stages, size = self.config.kv_block, self.config.stages, self.problem.page_size
+        """Turn quantized keys and values into queries' dtype, block by block."""
+        widener = Widener(self.problem, self.config, self.ops)
 
         def run(turn: jax.Array, task: Task, before: jax.Array) -> None:
             del turn
 
             def one(block: jax.Array, carry: None) -> None:
-                number = before + block - task.low
-                slot = lax.rem(number, i32(stages))
-                known = task.context - block * block_size  # keys of this block that the context has
-                for narrow, narrow_scale, narrow_full, narrow_free, wide, scale, full, free in (
-                    (
-                        refs.narrow_k,
-                        refs.narrow_k_scale,
-                        refs.narrow_k_full,
-                        refs.narrow_k_free,
-                        refs.k_smem,
-                        refs.k_scale,
-                        refs.k_full,
-                        refs.k_free,
-                    ),
-                    (
-                        refs.narrow_v,
-                        refs.narrow_v_scale,
-                        refs.narrow_v_full,
-                        refs.narrow_v_free,
-                        refs.v_smem,
-                        refs.v_scale,
-                        refs.v_full,
-                        refs.v_free,
-                    ),
-                ):
-                    plgpu.barrier_wait(narrow_full.at[slot])
-
-                    @pl.when(number >= 1)
-                    def _wait(free: Any = free) -> None:
-                        plgpu.barrier_wait(free.at[0])
-
-                    for column in range(0, self.problem.head_dim, WIDE_COLUMNS):
-                        part = pl.ds(column, min(WIDE_COLUMNS, self.problem.head_dim))
-                        numbers = self.ops.load_narrow(narrow.at[slot, :, part], self.problem.dtype)
-                        if wide is refs.v_smem:
-                            row = self.ops.iota(numbers.shape, 0)
-                            numbers = jnp.where(row < known, numbers, jnp.zeros(numbers.shape, numbers.dtype))
-                        wide[0, :, part] = numbers
-                    for page in range(self.block_pages):
-                        line = narrow_scale.at[slot, page, pl.ds(0, size)]
-                        factors = self.ops.load(line, plgpu.Layout.WGMMA.reduce(0))
-                        if wide is refs.v_smem:
-                            key = self.ops.iota((size,), 0, plgpu.Layout.WGMMA.reduce(0)) + page * size
-                            factors = jnp.where(key < known, factors, 0.0)
-                        scale[0, pl.ds(page * size, size)] = factors
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(narrow_free.at[slot])
-                    plgpu.barrier_arrive(full.at[0])
+                widener.block(refs, before + block - task.low, task.context - block * self.config.kv_block)
                 return carry
 
             lax.fori_loop(task.low, task.high, one, None)
@@ -319,7 +222,7 @@ class Kernel:
             task = self.task(refs, turn)
             slot = warpgroup * buffers + lax.rem(turn, i32(buffers))
             row = refs.items[task.item, columns.ROW] + warpgroup * WARPGROUP_ROWS
-            part = _eights(row, WARPGROUP_ROWS)
+            part = eights(row, WARPGROUP_ROWS)
             plgpu.copy_gmem_to_smem(refs.q.at[part, task.head], refs.q_smem.at[slot], refs.q_full.at[slot])
 
         def run(turn: jax.Array, task: Task, before: jax.Array) -> None:
@@ -360,7 +263,7 @@ class Kernel:
 
         @pl.loop(task.low, task.high)
         def _(block: jax.Array) -> None:
-            slot = lax.rem(before + block - task.low, i32(self.wide_stages))
+            slot = slot_of(before + block - task.low, self.wide_stages)
             plgpu.barrier_wait(refs.k_full.at[slot])
             plgpu.barrier_arrive(refs.k_free.at[slot])
             plgpu.barrier_wait(refs.v_full.at[slot])
@@ -441,7 +344,7 @@ class Kernel:
         masked: bool,
     ) -> tuple:
         """One block of keys and values: scores, online softmax, weighted values."""
-        slot = lax.rem(before + block - task.low, i32(self.wide_stages))
+        slot = slot_of(before + block - task.low, self.wide_stages)
         plgpu.barrier_wait(refs.k_full.at[slot])
         for first in range(0, self.config.kv_block, self.step_keys):
             keys = pl.ds(first, self.step_keys)
@@ -537,7 +440,7 @@ class Kernel:
         row = refs.items[task.item, columns.ROW] + warpgroup * WARPGROUP_ROWS
 
         def copy(first: int, size: int) -> None:
-            plgpu.copy_smem_to_gmem(queries.at[pl.ds(first, size)], refs.out.at[_eights(row + first, size), task.head])
+            plgpu.copy_smem_to_gmem(queries.at[pl.ds(first, size)], refs.out.at[eights(row + first, size), task.head])
 
         self._copy_rows(rows, copy)
 
@@ -552,7 +455,7 @@ class Kernel:
             plgpu.commit_smem()
 
             def copy(first: int, size: int, column: int = column) -> None:
-                source, target = pl.ds(first, size), _eights(row + first, size)
+                source, target = pl.ds(first, size), eights(row + first, size)
                 if column == 0:
                     plgpu.copy_smem_to_gmem(refs.lse_smem.at[source], refs.lse.at[task.head, target])
                 plgpu.copy_smem_to_gmem(
@@ -634,7 +537,8 @@ class Kernel:
                 (WARPGROUP_ROWS, PIECES), jnp.float32, transforms=mma_transforms(PIECES, jnp.float32)
             )
         if self.is_quantized:
-            narrow = mma_transforms(dim, self.problem.kv_dtype)
+            # Threads read narrow pages, not tensor cores: rows that no swizzle fits lie one after another.
+            narrow = mma_transforms(dim, self.problem.kv_dtype) if swizzle_of(dim, self.problem.kv_dtype) else ()
             for name in ("k", "v"):
                 kinds |= {
                     f"narrow_{name}": plgpu.SMEM((stages, block, dim), self.problem.kv_dtype, transforms=narrow),

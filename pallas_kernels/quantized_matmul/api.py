@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.op import Implementation, Op, mosaic_gpu
-from pallas_kernels.quantized_matmul import pallas_mosaic_gpu, reference, xla
+from pallas_kernels.quantized_matmul import native_cpu, pallas_mosaic_gpu, reference, xla
 from pallas_kernels.quantized_matmul.config import prefers_xla
 from pallas_kernels.quantized_matmul.gpu_cases import gpu_cases
 from pallas_kernels.quantized_matmul.problem import problem_of
@@ -33,10 +33,13 @@ OP = Op(
     name="quantized_matmul",
     implementations=(
         *mosaic_gpu(pallas_mosaic_gpu.make, pallas_mosaic_gpu.supports, prefers_xla),
+        Implementation(
+            "native_cpu", {"run": native_cpu.run}, native_cpu.supports, native_cpu.device_reason, native_cpu.yields
+        ),
         Implementation("xla", {"run": xla.run}, _everything),
         Implementation("reference", {"run": reference.run}, _everything),
     ),
-    automatic=("mosaic_gpu", "xla"),
+    automatic=("mosaic_gpu", "native_cpu", "xla"),
     gpu_cases=gpu_cases,
 )
 
@@ -66,6 +69,8 @@ def quantized_matmul(
         raise ValueError(f"activations {x.shape} do not meet a weight packed as {weight.stored.shape} ([N, K])")
     if weight.input_order is not None:
         x, weight = jnp.take(x, weight.input_order, axis=1), replace(weight, input_order=None)
+    if weight.input_limit is not None:
+        x, weight = jnp.clip(x, -weight.input_limit, weight.input_limit), replace(weight, input_limit=None)
     problem = problem_of(x, weight, out_dtype)
     chosen = OP.choose(implementation, problem)
     return chosen.functions["run"](x, weight, jnp.dtype(problem.out_dtype))

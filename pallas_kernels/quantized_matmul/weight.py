@@ -86,6 +86,8 @@ class QuantizedWeight:
         offsets: [..., G, N] like scales, or None if all are 0.
         input_order: int32[K]: row k of the packed matrix meets activation `input_order[k]`; None = in order.
         static: how activations are quantized; None = by each token's largest (kinds that quantize them at all).
+        input_limit: activations are kept between minus and plus this much before they are quantized; None = as they
+            are.
     """
 
     stored: jax.Array
@@ -96,6 +98,7 @@ class QuantizedWeight:
     offsets: jax.Array | None = None
     input_order: jax.Array | None = None
     static: StaticActivations | None = None
+    input_limit: float | None = field(default=None, metadata={"static": True})
 
     @property
     def k(self) -> int:

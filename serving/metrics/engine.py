@@ -40,6 +40,9 @@ COUNTERS = (
     Simple("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", "num_prefix_queried_tokens"),
     Simple("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", "num_prefix_hit_tokens"),
     Simple("vllm:admission_rejections", "Requests refused because the queue was full.", "num_rejected"),
+    Simple("vllm:spec_decode_num_drafts", "How often a sequence had drafts in a step.", "num_drafts"),
+    Simple("vllm:spec_decode_num_draft_tokens", "Drafts that were verified.", "num_draft_tokens"),
+    Simple("vllm:spec_decode_num_accepted_tokens", "Drafts that were right.", "num_accepted_tokens"),
     Simple("quire:steps", "Steps dispatched.", "num_steps"),
     Simple("quire:failed_steps", "Steps that raised an error.", "num_failed_steps"),
     Simple("quire:step_tokens", "Tokens computed in steps, without padding.", "num_tokens"),
@@ -90,6 +93,14 @@ def _labelled(snapshot: Mapping[str, Any], labels: dict[str, str]) -> Iterator[M
     sources.add_metric([*values, "local_compute"], prompt - cached)
     sources.add_metric([*values, "local_cache_hit"], cached)
     yield sources
+    right = CounterMetricFamily(
+        "vllm:spec_decode_num_accepted_tokens_per_pos",
+        "Drafts that were right, by their place behind the known tokens.",
+        labels=[*names, "position"],
+    )
+    for place, count in enumerate(snapshot["accepted_at"]):
+        right.add_metric([*values, str(place)], count)
+    yield right
     host = CounterMetricFamily(
         "quire:host_seconds", "Time of the engine's thread per part of its loop.", labels=[*names, "part"]
     )

@@ -27,6 +27,8 @@ JAX_FREE = (
     "engine/client.py",
     "engine/config.py",
     "engine/errors.py",
+    "engine/evaluation.py",
+    "engine/quantizing.py",
     "engine/input_processor.py",
     "engine/outputs.py",
     "engine/remote/__init__.py",

@@ -7,6 +7,7 @@ import pytest
 
 from engine.errors import ConfigError, UnsupportedModelError
 from engine.sampling_params import SamplingParams
+from pallas_kernels.native import library
 from tests.engine.conftest import EngineShelf, MakeEngine
 from tests.engine.helpers import GOLDEN_SETTINGS, TINY, golden_prompts, parts_of, prompt_logprobs, tokens_of
 from tests.engine.test_invariance import ALONE, CASES, Schedule, make_core, run
@@ -89,3 +90,10 @@ def test_what_cannot_be_is_refused(make_engine: MakeEngine) -> None:
         make_engine("llama", matmul_implementation="xla")
     with pytest.raises(UnsupportedModelError, match="quantization='fp8_block'.* has 64 of them.*int8.*int4_g32"):
         make_engine("llama", quantization="fp8_block")
+
+
+def test_without_a_compiler_products_run_on_xla(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_settings", library.Settings())  # what an engine configures stays: put it back
+    engine = make_engine("llama", **GOLDEN_SETTINGS, quantization="int4_g32", cpu_compiler="")
+    chosen = engine.describe()["implementations"]["quantized_matmul"]
+    assert chosen.startswith("xla (") and "no C++ compiler is configured" in chosen

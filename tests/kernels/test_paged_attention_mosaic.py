@@ -97,10 +97,28 @@ def test_float16(kv_dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("head_dim", "kv_dtype"),
-    [(80, "bfloat16"), (96, "bfloat16"), (96, "int8"), (128, "bfloat16"), (128, "int8"), (256, "bfloat16")],
+    [
+        (80, "bfloat16"),
+        (80, "int8"),
+        (80, "float8_e4m3fn"),
+        (96, "bfloat16"),
+        (96, "int8"),
+        (128, "bfloat16"),
+        (128, "int8"),
+        (256, "bfloat16"),
+        (256, "int8"),
+        (256, "float8_e4m3fn"),
+    ],
 )
 def test_head_dims(head_dim: int, kv_dtype: str) -> None:
     case = Case("head dim", (1, 20), (90, 70), num_heads=2, num_kv_heads=1, head_dim=head_dim)
+    simulated(compare, case, "bfloat16", kv_dtype, ONE)
+
+
+@pytest.mark.parametrize(("head_dim", "kv_dtype"), [(80, "int8"), (256, "float8_e4m3fn")])
+def test_head_dims_in_prompts(head_dim: int, kv_dtype: str) -> None:
+    """Quantized, on large pages, beside a decode row."""
+    case = Case("prompt", (70, 1), (90, 130), num_heads=2, num_kv_heads=1, head_dim=head_dim, page_size=32)
     simulated(compare, case, "bfloat16", kv_dtype, ONE)
 
 
@@ -271,8 +289,6 @@ PROBLEM = AttentionProblem(32, 8, 128, 16, "bfloat16", "bfloat16")
         ({"head_dim": 24}, "head dim 24 is none of"),
         ({"page_size": 8}, "page size 8 is none of"),
         ({"num_heads": 33}, "not a multiple of"),
-        ({"head_dim": 256, "kv_dtype": "int8"}, "leave no registers to widen int8 pages"),
-        ({"head_dim": 80, "kv_dtype": "int8"}, "rows of 80 int8 have no swizzled layout"),
     ],
 )
 def test_refusals(changes: dict[str, Any], words: str) -> None:

@@ -34,6 +34,15 @@ def pack_stream(numbers: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(stream, axis=-1, bitorder="little").view("<i4")
 
 
+def pack_awq(numbers: np.ndarray) -> np.ndarray:
+    """int32[rows, outputs / 8] of unsigned 4-bit numbers [rows, outputs], in AWQ's order."""
+    words = np.zeros((numbers.shape[0], numbers.shape[1] // 8), np.uint32)
+    for word in range(words.shape[1]):
+        for place, output in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
+            words[:, word] |= numbers[:, 8 * word + output].astype(np.uint32) << np.uint32(4 * place)
+    return words.view(np.int32)
+
+
 def write_quantized(
     directory: Path,
     quantization_config: dict[str, Any] | None,

@@ -1,0 +1,1 @@
+"""The ways of choosing integers. Each is one function of a `BlockProblem`."""

@@ -1,0 +1,98 @@
+"""The product with packed weights in C++ (`native/product.cc`): each weight is read from memory once, packed.
+
+A result is the sum of products of the activations with bfloat16 numbers (float32 for float32 activations): the stored
+numbers themselves, less their zero points, where an output has one scale, which multiplies the sum; with groups, the
+weights' values, rounded to the activations' dtype as they are on every other device. The order of additions depends on
+nothing but the number of inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import native
+from pallas_kernels.device import Device
+from pallas_kernels.quantized_matmul.activations import quantize_activations
+from pallas_kernels.quantized_matmul.problem import QuantizedMatmulProblem
+from pallas_kernels.quantized_matmul.weight import KINDS, QuantizedWeight
+
+PADDED = 32  # rows of activations are padded to a multiple of it
+MOST_ROWS_WITHOUT_DOTS = 16
+_MAX_FP8 = 448.0
+_LEAST_NORMAL_FP8 = 2.0**-6
+_LEAST_STEP_FP8 = 2.0**-9
+
+
+def device_reason(device: Device) -> str | None:
+    """None if the device is a CPU, or why not."""
+    return None if device.platform == "cpu" else f"needs a CPU, this is {device.platform}"
+
+
+def supports(problem: QuantizedMatmulProblem) -> str | None:
+    """None, or the reason why it cannot run the problem."""
+    if problem.rule.activations == "int8" and problem.group_size < 0:
+        return "8-bit integers on both sides are faster as XLA's integer dots"
+    if problem.dtype not in ("float32", "bfloat16", "float16"):
+        return f"activations are {problem.dtype}, not float32, bfloat16 or float16"
+    if problem.rule.bits == 4 and problem.k % 2:
+        return f"an output's {problem.k} weights of 4 bits end inside a byte"
+    return native.unavailable()
+
+
+def yields(problem: QuantizedMatmulProblem, device: Device) -> str | None:
+    """None, or the reason why "auto" passes it over: without AVX-512's dots of bfloat16 XLA is faster with many rows,
+    and as fast with integers that have one scale per output (docs/measurements/quantized-matmul-cpu.md).
+    """
+    del device
+    if native.has_bfloat16_dots():
+        return None
+    if problem.m > MOST_ROWS_WITHOUT_DOTS:
+        return f"{problem.m} rows, on a processor without AVX-512's dots of bfloat16"
+    if problem.rule.dtype == "int8" and problem.group_size < 0:
+        return "8-bit integers without groups, on a processor without AVX-512's dots of bfloat16"
+    return None
+
+
+def run(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
+    """See `api.quantized_matmul`."""
+    dtype = KINDS[weight.kind].activations
+    if dtype is None:
+        return _product(x, weight, out_dtype)
+    if dtype == "int8":
+        numbers, scales = quantize_activations(x, dtype, weight.group_size)
+        numbers = numbers.astype(jnp.float32)
+    else:
+        numbers, scales = _as_fp8(x, weight.group_size)
+    if weight.group_size < 0:  # bfloat16 holds each number exactly
+        return (_product(numbers.astype(jnp.bfloat16), weight, jnp.float32) * scales).astype(out_dtype)
+    met = numbers.reshape(*scales.shape, -1) * scales[..., None]
+    return _product(met.reshape(x.shape).astype(x.dtype), weight, out_dtype)
+
+
+def _product(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
+    """[M, N]; x is what the weights meet."""
+    if x.dtype != jnp.bfloat16 or not native.has_bfloat16_dots():
+        x = x.astype(jnp.float32)
+    x = jnp.pad(x, ((0, 0), (0, -weight.k % PADDED)))
+    zeros = jnp.zeros(0, jnp.int8) if weight.zero_points is None else weight.zero_points
+    direct = jnp.dtype(out_dtype) if out_dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
+    shape = jax.ShapeDtypeStruct((x.shape[0], weight.n), direct)
+    return jax.ffi.ffi_call("quire_packed_product", shape)(x, weight.stored, weight.scales, zeros).astype(out_dtype)
+
+
+def _as_fp8(x: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
+    """`quantize_activations` to e4m3, bit for bit, with the numbers as float32: XLA's conversions to and from 8-bit
+    floats run one number at a time on a CPU.
+    """
+    rows, k = x.shape
+    wide = x.astype(jnp.float32).reshape(rows, -1, k if group_size < 0 else group_size)
+    scales = jnp.abs(wide).max(-1) / _MAX_FP8
+    numbers = jnp.clip(wide / jnp.where(scales == 0, 1.0, scales)[..., None], -_MAX_FP8, _MAX_FP8)
+    normal = lax.reduce_precision(numbers, exponent_bits=8, mantissa_bits=3)
+    subnormal = jnp.round(numbers * (1 / _LEAST_STEP_FP8)) * _LEAST_STEP_FP8
+    numbers = jnp.where(jnp.abs(numbers) < _LEAST_NORMAL_FP8, subnormal, normal)
+    return numbers.reshape(rows, k), scales

@@ -1,0 +1,124 @@
+"""Quantized checkpoints through the whole engine: the tools' logits, packed sizes, one answer for all schedules."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.sampling_params import SamplingParams
+from tests.engine.conftest import EngineShelf, MakeEngine
+from tests.engine.helpers import GOLDEN, TINY, VOCAB, parts_of, prompt_logprobs, tokens_of
+from tests.engine.test_invariance import ALONE, CASES, Schedule, make_core, run
+from tests.quantization import test_auto_round, test_awq, test_gptq
+from tests.quantization.packing import write_quantized
+from tests.quantization.test_gptq import Written, gptq_tensors
+
+NAMES = sorted(path.name for tool in ("autoround", "gptqmodel") for path in (GOLDEN / "quantized").glob(f"{tool}-*"))
+SETTINGS = {"max_num_batched_tokens": 24, "block_size": 8, "max_logprobs": -1}
+SIZES = {"vocab_size": VOCAB, "max_position_embeddings": 512, "num_hidden_layers": 2, "rms_norm_eps": 1e-3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_logprobs_are_those_of_the_tool(name: str, make_engine: MakeEngine) -> None:
+    """Checkpoints and values by AutoRound and GPTQModel, logits by transformers, all in float32."""
+    directory = GOLDEN / "quantized" / name
+    engine = make_engine(str(directory), skip_tokenizer_init=True, max_num_batched_tokens=16)
+    with np.load(directory / "golden.npz") as golden:
+        prompt, logits = golden["prompt"].tolist(), golden["logits"].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    (output,) = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
+    difference = np.abs(prompt_logprobs(output) - expected[np.arange(len(prompt) - 1), prompt[1:]]).max()
+    print(f"{name}: {difference:.1e}")
+    assert difference < 1e-4
+
+
+def _small(made: tuple[dict[str, np.ndarray], np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The same numbers with scales that a model can live with; exact."""
+    tensors, values = made
+    return tensors | {"scales": tensors["scales"] / np.float16(64)}, values / 64
+
+
+def _act_order(directory: Path) -> None:
+    written = Written(act_order=True)
+
+    def quantize(module: str, shape: tuple[int, int], rng: np.random.Generator) -> Any:
+        return None if module == "lm_head" else _small(gptq_tensors(written, shape, rng))
+
+    write_quantized(directory, test_gptq.config_of(written), quantize, **SIZES)
+
+
+def _awq(directory: Path) -> None:
+    def quantize(module: str, shape: tuple[int, int], rng: np.random.Generator) -> Any:
+        return None if module == "lm_head" else _small(test_awq.awq_tensors(shape, rng))
+
+    write_quantized(directory, test_awq.config_of(), quantize, **SIZES)
+
+
+def _mixed_bits(directory: Path) -> None:
+    """Projections of 8, 2, and 16 bits fused with those of 4."""
+    extra = {"q_proj": {"bits": 8}, ".*layers.0.*up_proj": {"bits": 2}, "model.layers.1.self_attn.v_proj": {"bits": 16}}
+
+    def quantize(module: str, shape: tuple[int, int], rng: np.random.Generator) -> Any:
+        if module in ("lm_head", "model.layers.1.self_attn.v_proj"):
+            return None
+        bits = 8 if module.endswith("q_proj") else 2 if module.endswith("0.mlp.up_proj") else 4
+        tensors, values = _small(gptq_tensors(Written(bits, with_g_idx=False), shape, rng))
+        if bits == 8:
+            tensors["scales"], values = tensors["scales"] / np.float16(16), values / 16
+        return tensors, values
+
+    write_quantized(directory, test_auto_round.config_of(extra_config=extra), quantize, **SIZES)
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "gptq_act_order": _act_order,
+    "awq": _awq,
+    "auto_round_mixed": _mixed_bits,
+}
+FAST_WRITER = "auto_round_mixed"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name == FAST_WRITER else pytest.mark.slow) for name in WRITERS],
+)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized checkpoint with the tokenizer of the tiny golden llama."""
+    directory = tmp_path_factory.mktemp(request.param)
+    WRITERS[request.param](directory)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / "llama" / file, directory / file)
+    return directory
+
+
+def test_schedules_change_nothing(checkpoint: Path, shelf: EngineShelf) -> None:
+    """Each request alone and whole; then all together in chunks, with prefixes found in the cache, and preempted."""
+    greedy = [number for number, case in enumerate(CASES) if case.params.temperature == 0]
+    parts = parts_of(shelf.take(str(checkpoint), **SETTINGS))
+    alone = [run(make_core(parts, ALONE), parts, [number], [0])[0] for number in greedy]
+    texts = {c.token_ids for output in alone for c in output.outputs}
+    assert sum(map(len, texts)) > 60 and len({token for text in texts for token in text}) > 20, "nothing to compare"
+    core, tight = make_core(parts, Schedule(spare_blocks=1000)), make_core(parts, Schedule(spare_blocks=0))
+    for schedule in (core, core, tight, make_core(parts, Schedule(threshold=3))):
+        outputs = run(schedule, parts, greedy, [0, 1, *[0] * (len(greedy) - 2)])
+        for output, expected in zip(outputs, alone, strict=True):
+            assert tokens_of(output) == tokens_of(expected)
+    assert tight.scheduler.stats().num_preemptions > 0
+
+
+def test_the_ledger_counts_packed_weights(tmp_path: Path, make_engine: MakeEngine) -> None:
+    """AWQ in groups of 32: half a byte a number, two bytes a scale, one a zero point."""
+    _awq(tmp_path)
+    parts = parts_of(make_engine(str(tmp_path), **SETTINGS, skip_tokenizer_init=True))
+    config = parts.model
+    model, ffn, q, kv = config.hidden_size, config.intermediate_size, config.q_size, config.kv_size
+    matrices = ((model, q + 2 * kv), (q, model), (model, 2 * ffn), (ffn, model))
+    packed = config.num_layers * sum(k * n // 2 + 3 * (k // 32) * n for k, n in matrices)
+    plain = 4 * (2 * VOCAB * model + (2 * config.num_layers + 1) * model)
+    assert parts.ledger.weights == packed + plain

@@ -1,0 +1,245 @@
+"""Speculative decoding never changes the answer: with guesses right, wrong and mixed, whatever else happens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.builder import BuiltEngine
+from engine.core import CoreOptions, EngineCore
+from engine.engine import Engine
+from engine.errors import ConfigError
+from engine.output_processor import OutputProcessor
+from engine.outputs import RequestOutput
+from engine.requests.sequence import Sequence as EngineSequence
+from engine.sampling_params import SamplingParams, StructuredOutputsParams
+from engine.scheduling.scheduler import Scheduler
+from engine.speculative.speculator import Speculator
+from tests.engine.conftest import EngineShelf
+from tests.engine.helpers import GOLDEN_SETTINGS, TINY, core_of, golden_prompts, parts_of, tokens_of
+from tests.engine.test_invariance import ALONE, CASES, Schedule, make_core, require_same, run
+
+NUM_DRAFTS = 3
+CONFIG = {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS, "adaptive": False}
+EXECUTABLES: dict[str, Any] = {"max_num_batched_tokens": 24, "block_size": 8, "max_logprobs": -1}
+
+
+class Oracle:
+    """A proposer that knows the answers, and lies at times."""
+
+    def __init__(self, answers: dict[tuple[int, int], Sequence[int]], lies: float, seed: int) -> None:
+        self.answers, self.lies, self.rng = answers, lies, np.random.default_rng(seed)
+
+    def extend(self, sequence: EngineSequence) -> None:
+        """It knows already."""
+
+    def propose(self, sequence: EngineSequence) -> tuple[int, ...]:
+        answer = self.answers[sequence.request.params.seed or 0, sequence.index]
+        start = len(sequence.output_token_ids)
+        drafts = list(answer[start : start + int(self.rng.integers(0, NUM_DRAFTS + 1))])
+        if drafts and self.rng.random() < self.lies:
+            drafts[int(self.rng.integers(len(drafts)))] = int(self.rng.integers(3, 300))
+        return tuple(drafts)
+
+    def forget(self, sequence: EngineSequence) -> None:
+        """Nothing is kept."""
+
+
+class Fickle(Speculator):
+    """Drafts in some steps only, so that steps without follow while others are in flight."""
+
+    def __init__(self, proposer: Oracle, share: float) -> None:
+        super().__init__(proposer, None)
+        self.share, self.rng = share, proposer.rng
+
+    def pays(self, sequences: list[EngineSequence]) -> bool:
+        return self.rng.random() < self.share and super().pays(sequences)
+
+
+@pytest.fixture(scope="module")
+def parts(shelf: EngineShelf) -> BuiltEngine:
+    return parts_of(shelf.take(**EXECUTABLES, speculative_config=json.dumps(CONFIG)))
+
+
+@pytest.fixture(scope="module")
+def alone(shelf: EngineShelf) -> list[RequestOutput]:
+    """What each case gives by itself in an engine that does not speculate."""
+    plain = parts_of(shelf.take(**EXECUTABLES))
+    return [run(make_core(plain, ALONE), plain, [number], [0])[0] for number in range(len(CASES))]
+
+
+def speculating(
+    parts: BuiltEngine, schedule: Schedule, alone: list[RequestOutput], lies: float, share: float, seed: int
+) -> EngineCore:
+    """As `make_core`, with an oracle."""
+    answers = {
+        (case.params.seed or 0, completion.index): completion.token_ids
+        for case, output in zip(CASES, alone, strict=True)
+        for completion in output.outputs
+    }
+    core = make_core(parts, schedule)
+    core._speculator = Fickle(Oracle(answers, lies, seed), share)
+    return core
+
+
+def test_every_parameter_with_right_guesses(parts: BuiltEngine, alone: list[RequestOutput]) -> None:
+    """Penalties, bad words, min_tokens, stop strings and log-probabilities as without."""
+    core = speculating(parts, Schedule(spare_blocks=200), alone, lies=0.0, share=1.0, seed=0)
+    outputs = run(core, parts, range(len(CASES)), [0] * len(CASES))
+    for output, expected in zip(outputs, alone, strict=True):
+        require_same(output, expected)
+    stats = core.stats
+    assert stats.num_draft_tokens > 100
+    assert stats.num_accepted_tokens > 0.9 * stats.num_draft_tokens, "right guesses are accepted"
+    assert sum(stats.accepted_at) == stats.num_accepted_tokens
+    assert stats.num_steps < sum(len(c.token_ids) for o in alone for c in o.outputs)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    schedule=st.builds(
+        Schedule,
+        max_num_seqs=st.integers(1, 4),
+        threshold=st.sampled_from([0, 3]),
+        prefix_caching=st.booleans(),
+        overlap=st.booleans(),
+        spare_blocks=st.sampled_from([0, 1, 3, 50]),
+        policy=st.sampled_from(["fcfs", "priority"]),
+    ),
+    workload=st.lists(st.tuples(st.integers(0, len(CASES) - 1), st.sampled_from([0, 0, 1, 5])), min_size=1, max_size=6),
+    lies=st.sampled_from([0.0, 0.3, 1.0]),
+    share=st.sampled_from([0.4, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_any_schedule_with_any_guesses(
+    schedule: Schedule,
+    workload: list[tuple[int, int]],
+    lies: float,
+    share: float,
+    seed: int,
+    parts: BuiltEngine,
+    alone: list[RequestOutput],
+) -> None:
+    core = speculating(parts, schedule, alone, lies, share, seed)
+    chosen, gaps = [number for number, _ in workload], [gap for _, gap in workload]
+    for number, output in zip(chosen, run(core, parts, chosen, gaps), strict=True):
+        require_same(output, alone[number])
+
+
+def test_preempted_again_and_again(parts: BuiltEngine, alone: list[RequestOutput]) -> None:
+    core = speculating(parts, Schedule(spare_blocks=0), alone, lies=0.2, share=0.7, seed=3)
+    outputs = run(core, parts, range(len(CASES)), [0] * len(CASES))
+    for output, expected in zip(outputs, alone, strict=True):
+        require_same(output, expected)
+    assert core.scheduler.stats().num_preemptions > 0
+
+
+def test_a_planted_fault_is_seen(
+    parts: BuiltEngine, alone: list[RequestOutput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test can fail: a host that believes one draft more than was right gives other tokens."""
+    core = speculating(parts, Schedule(spare_blocks=200), alone, lies=1.0, share=1.0, seed=5)
+    collect = core.executor.collect
+
+    def believe(step: Any) -> Any:
+        result = collect(step)
+        for item, tokens in zip(result.plan.items, result.tokens, strict=True):
+            if len(tokens) <= len(item.drafts):
+                tokens.insert(len(tokens) - 1, item.drafts[len(tokens) - 1])
+        return result
+
+    monkeypatch.setattr(core.executor, "collect", believe)
+    outputs = run(core, parts, range(4), [0] * 4)
+    assert any(tokens_of(output) != tokens_of(expected) for output, expected in zip(outputs, alone[:4], strict=True))
+
+
+def test_greedy_text_that_repeats_itself(shelf: EngineShelf) -> None:
+    """By `Engine.generate`: prompts are guessed from (by single tokens, mostly wrongly), and golden tokens come out."""
+    engine = shelf.take(**GOLDEN_SETTINGS, speculative_config=json.dumps({**CONFIG, "prompt_lookup_min": 1}))
+    golden = golden_prompts(TINY / "llama")
+    length = len(golden[0].continuation)
+    outputs = engine.generate(
+        [g.prompt for g in golden], SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+    )
+    for output, expected in zip(outputs, golden, strict=True):
+        assert list(output.outputs[0].token_ids) == expected.continuation
+    repeated = [*golden[0].prompt, *golden[0].continuation] * 2
+    (output,) = engine.generate([repeated[-60:]], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+    stats = core_of(engine).stats
+    assert stats.num_draft_tokens > 0
+    plain = shelf.take(**GOLDEN_SETTINGS)
+    (expected,) = plain.generate([repeated[-60:]], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+    assert tokens_of(output) == tokens_of(expected)
+
+
+@pytest.mark.parametrize(
+    "structured",
+    [
+        StructuredOutputsParams(regex="(ab|cd){2,6}"),
+        StructuredOutputsParams(json='{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'),
+    ],
+)
+def test_grammars(structured: StructuredOutputsParams, shelf: EngineShelf) -> None:
+    """Masks after each draft; guesses that break the grammar among them."""
+    params = [
+        SamplingParams(temperature=t, max_tokens=30, seed=seed, structured_outputs=structured, min_tokens=m)
+        for seed, (t, m) in enumerate([(0.0, 0), (0.0, 0), (1.0, 0), (1.0, 0)])
+    ]
+    prompts = ["abab", "cdcdcd {", "ab cd ab cd", '{"a": 1}']
+    plain = shelf.take(**EXECUTABLES).generate(prompts, params)
+    engine: Engine = shelf.take(**EXECUTABLES, speculative_config=json.dumps(CONFIG))
+    built = parts_of(engine)
+    answers = {(seed, 0): output.outputs[0].token_ids for seed, output in enumerate(plain)}
+    limits, pool = built.core.scheduler._limits, built.core.scheduler._allocator.pool
+    core = EngineCore(
+        Scheduler(limits, pool),
+        built.core.executor,
+        OutputProcessor(built.tokenizer),
+        CoreOptions(overlap=True),
+        built.core.grammars,
+        Fickle(Oracle(answers, 0.3, 1), 0.8),
+    )
+    for index, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+        core.add(built.inputs.make(prompt, each, request_id=f"g{index}"))
+    found: dict[str, RequestOutput] = {}
+    while core.has_work:
+        for output in core.step():
+            found[output.request_id] = output
+    for index, expected in enumerate(plain):
+        assert found[f"g{index}"].outputs[0].text == expected.outputs[0].text
+        assert found[f"g{index}"].outputs[0].finish_reason == expected.outputs[0].finish_reason
+    assert core.stats.num_accepted_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "must be a JSON object"),
+        ('{"method": "ngram"}', "num_speculative_tokens is missing"),
+        ('{"method": "oracle", "num_speculative_tokens": 3}', "method must be one of ngram"),
+        ('{"method": "ngram", "num_speculative_tokens": 0}', "must be an integer from 1 to 32, got 0"),
+        ('{"method": "ngram", "num_speculative_tokens": 3, "tree": 1}', "tree is not known; known are method"),
+        ('{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 6}', "prompt_lookup_max must be"),
+    ],
+)
+def test_bad_settings(config: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Engine(str(TINY / "llama"), speculative_config=config, show_progress=False)
+
+
+def test_too_many_drafts_for_a_step(shelf: EngineShelf) -> None:
+    with pytest.raises(ConfigError, match="do not fit in max_num_batched_tokens=8"):
+        Engine(
+            str(TINY / "llama"),
+            max_num_batched_tokens=8,
+            max_num_seqs=4,
+            speculative_config={**CONFIG, "num_speculative_tokens": 8},
+            show_progress=False,
+        )

@@ -1,0 +1,126 @@
+"""N-grams, rates, times and the decision, each by itself."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from engine.requests.request import Request
+from engine.requests.sequence import Sequence
+from engine.sampling_params import SamplingParams
+from engine.speculative.acceptance import AcceptanceRate
+from engine.speculative.ngram import NgramProposer
+from engine.speculative.speculator import Speculator
+from engine.speculative.times import StepTimes
+
+
+def sequence_of(prompt: list[int], outputs: list[int] | None = None) -> Sequence:
+    request = Request("r", None, tuple(prompt), SamplingParams(), (), (), 0, 0, None, 0.0)
+    sequence = Sequence(request)
+    sequence.output_token_ids = outputs or []
+    return sequence
+
+
+def proposed(prompt: list[int], outputs: list[int], *, shortest: int = 2, longest: int = 4, count: int = 3) -> tuple:
+    proposer, sequence = NgramProposer(shortest, longest, count), sequence_of(prompt, outputs)
+    proposer.extend(sequence)
+    return proposer.propose(sequence)
+
+
+def test_what_followed_the_last_tokens() -> None:
+    assert proposed([1, 2, 3, 4, 5, 6], [2, 3]) == (4, 5, 6)
+    assert proposed([1, 2, 3, 4, 5, 6], [9, 3]) == ()
+    assert proposed([1], []) == ()
+
+
+def test_the_longest_match_goes_before_the_latest() -> None:
+    assert proposed([7, 1, 2, 50, 51, 52, 8, 1, 2, 60, 61, 62], [7, 1, 2]) == (50, 51, 52)
+    assert proposed([7, 1, 2, 50, 51, 52, 8, 1, 2, 60, 61, 62], [9, 1, 2]) == (60, 61, 62)
+
+
+def test_text_in_a_loop_goes_on() -> None:
+    assert proposed([], [1, 2, 1, 2, 1, 2], count=5) == (1, 2, 1, 2, 1)
+    assert proposed([], [4, 4, 4], count=4) == (4, 4, 4, 4)
+
+
+def test_tokens_come_in_pieces() -> None:
+    proposer, sequence = NgramProposer(2, 4, 2), sequence_of([1, 2, 3, 4])
+    for token in (9, 1, 2):
+        sequence.output_token_ids.append(token)
+        proposer.extend(sequence)
+    assert proposer.propose(sequence) == (3, 4)
+    proposer.forget(sequence)
+    assert proposer._histories == {}
+
+
+def test_the_host_cost_of_256_sequences() -> None:
+    """A bound with room for a slow machine; what it really takes is printed."""
+    proposer = NgramProposer(2, 5, 5)
+    sequences = [sequence_of([(7 * i + j * j) % 97 for j in range(500)]) for i in range(256)]
+    for sequence in sequences:
+        proposer.extend(sequence)
+    best = float("inf")
+    for step in range(20):
+        for sequence in sequences:
+            sequence.output_token_ids.append(step % 13)
+        started = time.perf_counter()
+        for sequence in sequences:
+            proposer.extend(sequence)
+            proposer.propose(sequence)
+        best = min(best, time.perf_counter() - started)
+    print(f"{best * 1e6:.0f} us a step")
+    assert best < 5e-3
+
+
+def test_rates_forget() -> None:
+    rate = AcceptanceRate()
+    assert rate.value == 0.5
+    for _ in range(40):
+        rate.observe(3, 3)
+    assert rate.value > 0.95 and rate.expected(3) == pytest.approx(3, abs=0.2)
+    for _ in range(40):
+        rate.observe(0, 3)
+    assert rate.value < 0.05 and rate.expected(3) < 0.06
+
+
+class Fixed:
+    def __init__(self, drafts: tuple[int, ...]) -> None:
+        self.drafts = drafts
+
+    def extend(self, sequence: Sequence) -> None: ...
+
+    def propose(self, sequence: Sequence) -> tuple[int, ...]:
+        return self.drafts
+
+    def forget(self, sequence: Sequence) -> None: ...
+
+
+@pytest.mark.parametrize(("right", "expected"), [(True, True), (False, False)])
+def test_drafts_where_they_pay(right: bool, expected: bool) -> None:
+    """The first guess after each token is a trial, whether or not drafts are given."""
+    speculator = Speculator(Fixed((5, 6, 7)), StepTimes({1: 1.0, 8: 1.0}, {1: 1.5, 8: 4.0}))
+    few, many = [sequence_of([1])], [sequence_of([1]) for _ in range(8)]
+    for sequence in (*few, *many):
+        speculator.on_tokens(sequence, [1], 0)
+    for _ in range(30):
+        for sequence in (*few, *many):
+            speculator.on_tokens(sequence, [5 if right else 9], 0)
+    assert speculator.pays(few) is expected
+    assert speculator.pays(many) is False, "four times as long for four times the tokens at best"
+    assert speculator.pays([sequence_of([1]) for _ in range(9)]) is False, "no shape for so many"
+    speculator.give(few)
+    assert few[0].draft_token_ids == (5, 6, 7)
+    for sequence in (*few, *many):
+        speculator.forget(sequence)
+    assert speculator._guesses == {}
+
+
+def test_times_follow_what_is_seen() -> None:
+    times = StepTimes({4: 1.0}, {4: 2.0})
+    for _ in range(60):
+        times.observe(4, 3.0, drafts=True)
+    assert times.seconds(3, drafts=True) == pytest.approx(3.0, rel=0.01)
+    times.observe(4, 1000.0, drafts=False)
+    assert times.seconds(4, drafts=False) < 1.3, "a pause of the machine is not believed"
+    times.observe(64, 1.0, drafts=False)  # a bucket that nothing is thought of in
