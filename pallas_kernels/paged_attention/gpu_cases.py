@@ -32,6 +32,7 @@ VARIANTS: tuple[Case, ...] = (
     Case("decode, page 32", (1,) * 64, (1024,) * 64, 32, 8, head_dim=128, page_size=32, max_blocks=512),
     Case("prefill, window, sinks, soft cap", (2048,), (2048,), 64, 8, window=128, sinks=True, soft_cap=50.0),
     Case("decode, window, sinks", (1,) * 64, (1024,) * 64, 64, 8, window=128, sinks=True, max_blocks=512),
+    Case("decode, 2 x 131072", (1,) * 2, (131072,) * 2, 32, 8, head_dim=128, max_blocks=8192),
     Case("decode, 71 heads", (1,) * 8, (1024,) * 8, 71, 1, max_blocks=128),
 )
 IN_TABLE = ("decode, 64 x 8192, Llama-3.1-8B", "prefill, 8192, Llama-3.1-8B", *(case.name for case in VARIANTS))
