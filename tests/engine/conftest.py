@@ -13,7 +13,7 @@ from tests.engine.helpers import SMALL, TINY, core_of, require_idle
 MakeEngine = Callable[..., Engine]
 
 
-MOST_ENGINES = 12  # each holds over a thousand memory mappings, of which Linux grants a process 65,530
+MOST_ENGINES = 6  # each holds some 2,500 memory mappings, of which Linux grants a process 65,530
 
 
 class EngineShelf:
