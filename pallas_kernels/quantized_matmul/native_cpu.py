@@ -36,6 +36,10 @@ def supports(problem: QuantizedMatmulProblem) -> str | None:
     """None, or the reason why it cannot run the problem."""
     if problem.rule.activations == "int8" and problem.group_size < 0:
         return "8-bit integers on both sides are faster as XLA's integer dots"
+    if problem.offsets:
+        return "weights with offsets"
+    if problem.static_activations:
+        return "activations quantized by a scale known beforehand"
     if problem.dtype not in ("float32", "bfloat16", "float16"):
         return f"activations are {problem.dtype}, not float32, bfloat16 or float16"
     if problem.rule.bits == 4 and problem.k % 2:

@@ -187,7 +187,7 @@ def test_repack_scales() -> None:
     ("change", "message"),
     [
         ({"kind": "w3a16"}, "none of w8a16"),
-        ({"group_size": 96}, "none of -1, 32"),
+        ({"group_size": 96}, "none of -1, 16, 32"),
         ({"group_size": 128}, "192 inputs are not a multiple"),
         ({"kind": "w8a8", "zero_points": jnp.ones((8, 1))}, "no zero points"),
         ({"scales": jnp.ones((8, 1), jnp.int8)}, "scales are int8"),

@@ -138,4 +138,20 @@ def test_what_the_kernel_leaves_to_xla() -> None:
     for weight, reason in ((offsets, "offsets"), (static, "known beforehand"), (small, "groups of 16")):
         wide = replace(weight, stored=jnp.tile(weight.stored, (8, 1)))  # whose sizes fit
         assert reason in (supports(problem_of(x, wide)) or "")
-    assert OP.choose("auto", problem_of(x, offsets)).name == "xla"
+    for weight in (offsets, static):  # nor does the native one know them
+        assert OP.choose("auto", problem_of(x, weight)).name == "xla"
+
+
+@pytest.mark.parametrize("kind", ["w4a16", "w8a16"])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_what_auto_takes_is_right(rows: int, kind: str) -> None:
+    """Groups of 16, offsets and an order of inputs, whatever runs them here."""
+    x = activations(rows)
+    for offsets in (False, True):
+        weight, values = make(kind, 16, offsets=offsets)
+        require_close(call(x, weight), x @ values, 1e-5)
+        order = np.random.default_rng(1).permutation(K)
+        in_order = np.empty_like(values)
+        in_order[order] = values
+        ordered = replace(weight, input_order=jnp.asarray(order, jnp.int32))
+        require_close(call(x, ordered), x @ in_order, 1e-5)
