@@ -73,7 +73,7 @@ def packed(
 
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("size", [-1, 32, 16])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 5, 6, 7))])
 def test_packed(bits: int, size: int, zeros: bool, tmp_path: Path) -> None:
     weights = {"num_bits": bits, "strategy": "channel" if size < 0 else "group", "symmetric": not zeros}
     if size > 0:
