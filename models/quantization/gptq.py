@@ -31,7 +31,7 @@ from models.quantization.integers import pack_integers
 ROLES = ("qweight", "qzeros", "scales", "g_idx")
 SCALES = ("float16", "bfloat16", "float32")
 # Adding 1 to each zero point of a word at once, so that a borrow that the writer let run into its neighbour is undone.
-_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class Gptq:
         n, k = matrix.shape
         words = np.ascontiguousarray(tensors["qweight"].T)
         zeros = tensors["qzeros"]
-        if self.minus_one and rule.bits in _ONES:
-            zeros = (zeros.view(np.uint32) + np.uint32(_ONES[rule.bits])).view(np.int32)
+        if self.minus_one and rule.bits in ONES:
+            zeros = (zeros.view(np.uint32) + np.uint32(ONES[rule.bits])).view(np.int32)
         zero_points = bitstream.unpack(jnp.asarray(zeros), bits=rule.bits, count=n)
-        if self.minus_one and rule.bits not in _ONES:
+        if self.minus_one and rule.bits not in ONES:
             zero_points = (zero_points + 1) & ((1 << rule.bits) - 1)
         if not np.isfinite(tensors["scales"].astype(np.float32)).all():
             raise WeightsError("its scales hold numbers that are not finite.")

@@ -11,7 +11,7 @@ import numpy as np
 
 from models.errors import WeightsError
 from models.layers.product import Matrix
-from pallas_kernels.quantized_matmul import GROUP_SIZES, QuantizedWeight, dequantize, repack
+from pallas_kernels.quantized_matmul import GROUP_SIZES, repack
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +133,3 @@ def _dense(
     if offsets is not None:
         wide = wide + offsets[:, groups].astype(jnp.float32)
     return wide.T.astype(dtype)
-
-
-def as_dense(weight: QuantizedWeight, dtype: np.dtype) -> jax.Array:
-    """`[K, N]` of a packed matrix, for formats that no kernel multiplies."""
-    return dequantize(weight, dtype).T

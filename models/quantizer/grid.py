@@ -19,6 +19,11 @@ def grouped(matrix: jax.Array, group_size: int) -> jax.Array:
     return matrix.reshape(n, 1, k) if group_size < 0 else matrix.reshape(n, k // group_size, group_size)
 
 
+def range_of(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Least and largest number [N, G] of each group [N, G, g], 0 counted in."""
+    return jnp.minimum(groups.min(-1), 0.0), jnp.maximum(groups.max(-1), 0.0)
+
+
 def stored(scales: jax.Array, dtype: str) -> jax.Array:
     """The scales as a checkpoint holds them, in float32; never 0, which nothing could be divided by."""
     # float16's smallest normal number: below, scales lose their digits.
@@ -55,7 +60,7 @@ def search(
         groups: [N, G, g].
         gram: [G, g, g], sums of products of inputs: what is lost is the error of outputs; None = that of weights.
     """
-    low, high = jnp.minimum(groups.min(-1), 0.0), jnp.maximum(groups.max(-1), 0.0)
+    low, high = range_of(groups)
 
     def loss(factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         scale, zero = choose(low * factor, high * factor, bits=bits, sym=sym, dtype=dtype)

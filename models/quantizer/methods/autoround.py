@@ -61,8 +61,8 @@ def _codes(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes [N, G, g], scales and zero points [N, G]. Gradients reach all that is learned."""
     groups, most = grid.grouped(matrix, settings.group_size), (1 << settings.bits) - 1
-    low = jnp.minimum(groups.min(-1), 0.0) * jnp.clip(learned["low"], 0.0, 1.0)
-    high = jnp.maximum(groups.max(-1), 0.0) * jnp.clip(learned["high"], 0.0, 1.0)
+    low, high = grid.range_of(groups)
+    low, high = low * jnp.clip(learned["low"], 0.0, 1.0), high * jnp.clip(learned["high"], 0.0, 1.0)
     if settings.sym:
         # The larger end gets the number that reaches further: scales of either sign.
         half = 1 << (settings.bits - 1)

@@ -36,7 +36,7 @@ def quantize_block(
         gram = None if is_rotated else _blocks_of(inputs[projection.matrix], settings.group_size)
         groups = grid.grouped(part, settings.group_size)
         if gram is None:
-            low, high = jnp.minimum(groups.min(-1), 0.0), jnp.maximum(groups.max(-1), 0.0)
+            low, high = grid.range_of(groups)
             scale, zero = grid.choose(low, high, bits=settings.bits, sym=settings.sym, dtype=problem.scale_dtype)
         else:
             scale, zero = grid.search(groups, gram, bits=settings.bits, sym=settings.sym, dtype=problem.scale_dtype)
@@ -95,7 +95,7 @@ def _loss(
 ) -> jax.Array:
     """Squared error of outputs if the matrix is scaled, rounded and scaled back."""
     groups = grid.grouped(matrix * scale, group_size)
-    low, high = jnp.minimum(groups.min(-1), 0.0), jnp.maximum(groups.max(-1), 0.0)
+    low, high = grid.range_of(groups)
     step, zero = grid.choose(low, high, bits=bits, sym=sym, dtype=dtype)
     rounded = (grid.round_to(groups, step[..., None], zero[..., None], bits) - zero[..., None]) * step[..., None]
     error = rounded.reshape(matrix.shape) / scale - matrix

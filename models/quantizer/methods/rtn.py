@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from models.quantizer import grid
 from models.quantizer.blocks import BlockProblem
@@ -20,7 +19,7 @@ def quantize_block(
 def quantize(matrix: jax.Array, settings: Settings, scale_dtype: str) -> QuantizedMatrix:
     """One projection [N, K]."""
     groups = grid.grouped(matrix, settings.group_size)
-    low, high = jnp.minimum(groups.min(-1), 0.0), jnp.maximum(groups.max(-1), 0.0)
+    low, high = grid.range_of(groups)
     scale, zero = grid.choose(low, high, bits=settings.bits, sym=settings.sym, dtype=scale_dtype)
     codes = grid.round_to(groups, scale[..., None], zero[..., None], settings.bits).reshape(matrix.shape)
     return grid.as_matrix(codes, scale, zero, settings.bits, settings.group_size)

@@ -11,12 +11,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from models.quantization.gptq import ONES
 from models.quantizer.types import QuantizedMatrix, Settings
 
 Tensors = dict[str, np.ndarray]
 BLOCK = 128  # outputs and inputs of an fp8 scale
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # outputs of a word, the lowest nibble first
-_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 _HEAD = ["lm_head"]
 
 
@@ -31,8 +31,8 @@ def pack_stream(numbers: np.ndarray, bits: int) -> np.ndarray:
 
 def gptq(module: str, matrix: QuantizedMatrix, dtype: np.dtype) -> Tensors:
     """Version 1: zero points minus one; where one is 0 the word borrows from its neighbour, which readers undo."""
-    if matrix.bits in _ONES:
-        zeros = pack_stream(matrix.zeros.T, matrix.bits).view(np.uint32) - np.uint32(_ONES[matrix.bits])
+    if matrix.bits in ONES:
+        zeros = pack_stream(matrix.zeros.T, matrix.bits).view(np.uint32) - np.uint32(ONES[matrix.bits])
     else:
         zeros = pack_stream((matrix.zeros.T - 1) & ((1 << matrix.bits) - 1), matrix.bits)
     return {
