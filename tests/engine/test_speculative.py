@@ -223,10 +223,15 @@ def test_grammars(structured: StructuredOutputsParams, shelf: EngineShelf) -> No
         ("{", "not valid JSON"),
         ("[]", "must be a JSON object"),
         ('{"method": "ngram"}', "num_speculative_tokens is missing"),
-        ('{"method": "oracle", "num_speculative_tokens": 3}', "method must be one of ngram"),
+        ('{"method": "oracle", "num_speculative_tokens": 3}', "method must be one of ngram, suffix"),
         ('{"method": "ngram", "num_speculative_tokens": 0}', "must be an integer from 1 to 32, got 0"),
         ('{"method": "ngram", "num_speculative_tokens": 3, "tree": 1}', "tree is not known; known are method"),
         ('{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 6}', "prompt_lookup_max must be"),
+        ('{"method": "suffix", "num_speculative_tokens": 3, "prompt_lookup_min": 2}', "of method 'ngram' only"),
+        (
+            '{"method": "suffix", "num_speculative_tokens": 3, "suffix_decoding_min_token_prob": 2}',
+            "suffix_decoding_min_token_prob must be a number from 0 to 1, got 2",
+        ),
     ],
 )
 def test_bad_settings(config: str, message: str) -> None:
