@@ -49,6 +49,7 @@ def measure_step_times(executor: Executor) -> StepTimes:
     return StepTimes(
         {bucket.num_seqs: _measure(executor, bucket) for bucket in plain},
         {bucket.num_seqs: _measure(executor, bucket) for bucket in verify},
+        buckets.num_drafts,
     )
 
 

@@ -6,7 +6,8 @@ A step with drafts of S sequences takes longer than one without and gives more t
 
 by the measured times of both shapes and by how often each sequence's guesses were right. The rates are known without
 drafting, too: the first guess after each token is compared with the token that comes. So a sequence that starts to copy
-is noticed, and one whose guesses fail costs nothing but the guess.
+is noticed, and one whose guesses fail costs nothing but the guess. With so many sequences that even right drafts would
+not pay, nobody guesses: what was missed is read when they are fewer.
 """
 
 from __future__ import annotations
@@ -41,9 +42,12 @@ class Speculator:
     def __init__(self, proposer: Proposer, times: StepTimes | None) -> None:
         self._proposer, self._times = proposer, times
         self._guesses: dict[Sequence, _Guess] = {}
+        self._asleep = False
 
     def on_tokens(self, sequence: Sequence, tokens: list[int], num_drafts: int) -> None:
         """A sequence got tokens, by a step that verified so many drafts of it. It has not ended."""
+        if self._asleep:
+            return
         guess = self._guesses.get(sequence)
         if guess is None:
             guess = self._guesses[sequence] = _Guess()
@@ -64,19 +68,27 @@ class Speculator:
 
         With a step in flight the guesses are those before its tokens; they are taken as typical of those after.
         """
+        count, times = len(sequences), self._times
+        if times is not None:
+            self._sleep(not times.can_pay(count, LEAST_GAIN))
+            if self._asleep:
+                return False
         right, any_drafts = 0.0, False
         for sequence in sequences:
             guess = self._guesses.get(sequence)
             if guess is not None and guess.drafts:
                 any_drafts = True
                 right += guess.rate.expected(len(guess.drafts))
-        count, times = len(sequences), self._times
         if times is None or not any_drafts:
             return any_drafts
-        if not times.can_verify(count):
-            return False
         gain = (count + right) / count * times.seconds(count, drafts=False) / times.seconds(count, drafts=True)
         return gain > LEAST_GAIN
+
+    def _sleep(self, asleep: bool) -> None:
+        if asleep and not self._asleep:
+            for guess in self._guesses.values():
+                guess.drafts = ()  # they would be out of date when it wakes
+        self._asleep = asleep
 
     def give(self, sequences: Iterable[Sequence]) -> None:
         """Give their guesses to sequences whose tokens the host has all read."""

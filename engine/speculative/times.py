@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from engine.scheduling.plan import MOST_DRAFTS
+
 WEIGHT = 0.1  # of a new observation
 
 
@@ -12,14 +14,19 @@ class StepTimes:
 
     Args:
         plain, verify: sequences of a bucket -> seconds, as measured at the start.
+        most_drafts: of a sequence in a step.
     """
 
-    def __init__(self, plain: Mapping[int, float], verify: Mapping[int, float]) -> None:
+    def __init__(self, plain: Mapping[int, float], verify: Mapping[int, float], most_drafts: int = MOST_DRAFTS) -> None:
         self._times = {False: dict(plain), True: dict(verify)}
+        self._most_drafts = most_drafts
 
-    def can_verify(self, num_seqs: int) -> bool:
-        """Whether there is a shape for drafts of so many sequences."""
-        return num_seqs <= max(self._times[True], default=0)
+    def can_pay(self, num_seqs: int, least_gain: float) -> bool:
+        """Whether there is a shape for drafts of so many sequences that gains so much if all drafts are right."""
+        if num_seqs > max(self._times[True], default=0):
+            return False
+        longer = self.seconds(num_seqs, drafts=True) / self.seconds(num_seqs, drafts=False)
+        return (1 + self._most_drafts) / longer > least_gain
 
     def seconds(self, num_seqs: int, *, drafts: bool) -> float:
         """Of a step with so many sequences."""

@@ -21,6 +21,7 @@ from engine.requests.sequence import Sequence as EngineSequence
 from engine.sampling_params import SamplingParams, StructuredOutputsParams
 from engine.scheduling.scheduler import Scheduler
 from engine.speculative.speculator import Speculator
+from engine.speculative.suffix import SuffixOptions, SuffixProposer
 from tests.engine.conftest import EngineShelf
 from tests.engine.helpers import GOLDEN_SETTINGS, TINY, core_of, golden_prompts, parts_of, tokens_of
 from tests.engine.test_invariance import ALONE, CASES, Schedule, make_core, require_same, run
@@ -130,6 +131,21 @@ def test_any_schedule_with_any_guesses(
     chosen, gaps = [number for number, _ in workload], [gap for _, gap in workload]
     for number, output in zip(chosen, run(core, parts, chosen, gaps), strict=True):
         require_same(output, alone[number])
+
+
+def test_suffixes_of_past_outputs(parts: BuiltEngine, alone: list[RequestOutput]) -> None:
+    """What a request gave is guessed when it comes again, and is not changed by that."""
+    options = SuffixOptions(num_drafts=NUM_DRAFTS, max_depth=24, spec_factor=1.0, least_prob=0.1, most_outputs=100)
+    core = make_core(parts, Schedule(spare_blocks=200))
+    core._speculator = Speculator(SuffixProposer(options), None)
+    rates = []
+    for _ in range(2):
+        before = core.stats.num_draft_tokens, core.stats.num_accepted_tokens
+        for output, expected in zip(run(core, parts, range(len(CASES)), [0] * len(CASES)), alone, strict=True):
+            require_same(output, expected)
+        drafted, right = core.stats.num_draft_tokens - before[0], core.stats.num_accepted_tokens - before[1]
+        rates.append(right / max(drafted, 1))
+    assert rates[1] > max(0.7, rates[0])
 
 
 def test_preempted_again_and_again(parts: BuiltEngine, alone: list[RequestOutput]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from engine.requests.request import Request
@@ -54,25 +52,6 @@ def test_tokens_come_in_pieces() -> None:
     assert proposer._histories == {}
 
 
-def test_the_host_cost_of_256_sequences() -> None:
-    """A bound with room for a slow machine; what it really takes is printed."""
-    proposer = NgramProposer(2, 5, 5)
-    sequences = [sequence_of([(7 * i + j * j) % 97 for j in range(500)]) for i in range(256)]
-    for sequence in sequences:
-        proposer.extend(sequence)
-    best = float("inf")
-    for step in range(20):
-        for sequence in sequences:
-            sequence.output_token_ids.append(step % 13)
-        started = time.perf_counter()
-        for sequence in sequences:
-            proposer.extend(sequence)
-            proposer.propose(sequence)
-        best = min(best, time.perf_counter() - started)
-    print(f"{best * 1e6:.0f} us a step")
-    assert best < 5e-3
-
-
 def test_rates_forget() -> None:
     rate = AcceptanceRate()
     assert rate.value == 0.5
@@ -108,12 +87,31 @@ def test_drafts_where_they_pay(right: bool, expected: bool) -> None:
             speculator.on_tokens(sequence, [5 if right else 9], 0)
     assert speculator.pays(few) is expected
     assert speculator.pays(many) is False, "four times as long for four times the tokens at best"
-    assert speculator.pays([sequence_of([1]) for _ in range(9)]) is False, "no shape for so many"
     speculator.give(few)
     assert few[0].draft_token_ids == (5, 6, 7)
+    assert speculator.pays([sequence_of([1]) for _ in range(9)]) is False, "no shape for so many"
     for sequence in (*few, *many):
         speculator.forget(sequence)
     assert speculator._guesses == {}
+
+
+def test_nobody_guesses_where_it_cannot_pay() -> None:
+    """Guesses stop with too many sequences, and go on from all tokens with fewer."""
+    speculator = Speculator(NgramProposer(2, 4, 3), StepTimes({1: 1.0, 8: 1.0}, {1: 1.0, 8: 5.0}, most_drafts=3))
+    one = sequence_of([1, 2, 3, 4, 5], [1])
+    many = [one, *(sequence_of([1]) for _ in range(7))]
+    speculator.on_tokens(one, [1], 0)
+    assert not speculator.pays(many)
+    one.output_token_ids.append(2)
+    speculator.on_tokens(one, [2], 0)
+    speculator.give([one])
+    assert one.draft_token_ids == ()
+    assert not speculator.pays([one]), "it has yet to guess"
+    one.output_token_ids.append(3)
+    speculator.on_tokens(one, [3], 0)
+    assert speculator.pays([one])
+    speculator.give([one])
+    assert one.draft_token_ids == (4, 5, 1)
 
 
 def test_times_follow_what_is_seen() -> None:
