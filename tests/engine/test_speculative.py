@@ -99,6 +99,16 @@ def test_every_parameter_with_right_guesses(parts: BuiltEngine, alone: list[Requ
     assert stats.num_draft_tokens > 100
     assert stats.num_accepted_tokens > 0.9 * stats.num_draft_tokens, "right guesses are accepted"
     assert sum(stats.accepted_at) == stats.num_accepted_tokens
+    metrics = [output.metrics for output in outputs if output.metrics is not None]
+    assert len(metrics) == len(outputs)
+    assert sum(m.num_accepted_tokens for m in metrics) == sum(sum(m.accepted_per_pos) for m in metrics)
+    known = core.timeline.of("0")
+    assert known is not None and known.num_draft_tokens == metrics[0].num_draft_tokens > 0
+    assert known.num_accepted_tokens == metrics[0].num_accepted_tokens
+    # What was in flight when a sequence ended is only in the engine's counts.
+    assert 0.8 * stats.num_drafts < sum(m.num_drafts for m in metrics) <= stats.num_drafts
+    assert 0.8 * stats.num_draft_tokens < sum(m.num_draft_tokens for m in metrics) <= stats.num_draft_tokens
+    assert all(m.num_drafts <= m.num_draft_tokens <= NUM_DRAFTS * m.num_drafts for m in metrics)
     assert stats.num_steps < sum(len(c.token_ids) for o in alone for c in o.outputs)
 
 
