@@ -75,8 +75,8 @@ def markdown(cells: Sequence[Cell], facts: dict[str, Any]) -> str:
     parts = [
         f"# Speculative decoding, {facts['date']}",
         f"{quick}{machine['processor']}, {machine['cpu_count']} cores; {facts['model']}, greedy, "
-        f"{facts['repetitions']} repetitions in turn after a warm-up. Speedup: time without drafts over time with them, "
-        "prompts included; median (lowest–highest).",
+        f"{facts['repetitions']} repetitions in turn after a warm-up. Speedup: time without drafts over time with "
+        "them, prompts included; median (lowest–highest).",
     ]
     for dtype, workload in dict.fromkeys((cell.dtype, cell.workload) for cell in cells):
         chosen = [cell for cell in cells if (cell.dtype, cell.workload) == (dtype, workload)]
