@@ -188,8 +188,10 @@ class EngineCore:
             return
         if step is None:
             return
+        # Before a step with drafts the last one was read, if they are made on the host: what came between is its time.
+        drained = step.bucket.num_logits > 1 and not self._in_flight
+        self._started.append(self._collected_at if drained else now)
         self._in_flight.append(step)
-        self._started.append(now)
         self._dispatched = True
         reading = self.stats.collect_s + self.stats.commit_s - read_before
         dispatch_s = time.perf_counter() - planned - reading

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -156,6 +157,31 @@ def test_suffixes_of_past_outputs(parts: BuiltEngine, alone: list[RequestOutput]
         drafted, right = core.stats.num_draft_tokens - before[0], core.stats.num_accepted_tokens - before[1]
         rates.append(right / max(drafted, 1))
     assert rates[1] > max(0.7, rates[0])
+
+
+class Slow(Oracle):
+    """Thinks for long."""
+
+    def propose(self, sequence: EngineSequence) -> tuple[int, ...]:
+        time.sleep(0.01)
+        return super().propose(sequence)
+
+
+def test_the_time_for_guesses_is_time_of_the_step(parts: BuiltEngine, alone: list[RequestOutput]) -> None:
+    """While the host guesses the device has nothing to do: what drafts gain must pay for that, too."""
+    core = speculating(parts, Schedule(spare_blocks=200), alone, lies=0.0, share=1.0, seed=0)
+    speculator = core._speculator
+    assert speculator is not None
+    speculator._proposer = Slow(speculator._proposer.answers, 0.0, 0)  # type: ignore[attr-defined]
+    seen: list[float] = []
+
+    def observe_time(num_tokens: int, num_seqs: int, seconds: float, *, drafts: bool) -> None:
+        if drafts:
+            seen.append(seconds)
+
+    speculator.observe_time = observe_time  # type: ignore[method-assign]
+    run(core, parts, [0], [0])
+    assert len(seen) > 3 and min(seen) > 0.01
 
 
 def test_preempted_again_and_again(parts: BuiltEngine, alone: list[RequestOutput]) -> None:
