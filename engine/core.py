@@ -158,7 +158,7 @@ class EngineCore:
         a step in flight is read first: that is the price of a step with drafts, and part of its time.
         """
         scheduler = self.scheduler
-        if scheduler.may_admit:
+        if scheduler.may_admit or not speculator.wakes(scheduler.num_running):
             return
         decoding = [sequence for sequence in scheduler.running if sequence.wants_tokens]
         if not decoding or any(sequence.num_uncomputed > 1 for sequence in decoding) or not speculator.pays(decoding):

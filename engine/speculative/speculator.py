@@ -63,16 +63,23 @@ class Speculator:
         self._guesses.pop(sequence, None)
         self._proposer.forget(sequence)
 
+    def wakes(self, count: int) -> bool:
+        """Whether drafts may pay at all with so many sequences. If not, none are made until it is asked again."""
+        asleep = self._times is not None and not self._times.can_pay(count, LEAST_GAIN)
+        if asleep and not self._asleep:
+            for guess in self._guesses.values():
+                guess.drafts = ()  # they would be out of date when it wakes
+        self._asleep = asleep
+        return not asleep
+
     def pays(self, sequences: list[Sequence]) -> bool:
         """Whether the next step of these sequences, one token each, should verify drafts.
 
         With a step in flight the guesses are those before its tokens; they are taken as typical of those after.
         """
         count, times = len(sequences), self._times
-        if times is not None:
-            self._sleep(not times.can_pay(count, LEAST_GAIN))
-            if self._asleep:
-                return False
+        if not self.wakes(count):
+            return False
         right, any_drafts = 0.0, False
         for sequence in sequences:
             guess = self._guesses.get(sequence)
@@ -83,12 +90,6 @@ class Speculator:
             return any_drafts
         gain = (count + right) / count * times.seconds(count, drafts=False) / times.seconds(count, drafts=True)
         return gain > LEAST_GAIN
-
-    def _sleep(self, asleep: bool) -> None:
-        if asleep and not self._asleep:
-            for guess in self._guesses.values():
-                guess.drafts = ()  # they would be out of date when it wakes
-        self._asleep = asleep
 
     def give(self, sequences: Iterable[Sequence]) -> None:
         """Give their guesses to sequences whose tokens the host has all read."""
