@@ -226,4 +226,4 @@ def speculated(case: Case, drafter: Drafter, seeds: np.ndarray, verifier: Verify
 
 def sentence_ids(tokens: np.ndarray) -> np.ndarray:
     """int[S]: the number of each sentence, as `Case.exact` counts them."""
-    return np.ravel_multi_index(tuple(tokens.T), (V,) * LENGTH)
+    return np.asarray(np.ravel_multi_index(tuple(tokens.T), (V,) * LENGTH))
