@@ -69,13 +69,13 @@ def test_lanes() -> None:
         ["ngram", '{"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 3}'], "both"
     )
     assert list(found) == [
-        "ngram k=5, adaptive",
-        "ngram k=5, always",
+        "ngram k=7, adaptive",
+        "ngram k=7, always",
         "ngram k=8 prompt_lookup_max=3, adaptive",
         "ngram k=8 prompt_lookup_max=3, always",
     ]
-    assert found["ngram k=5, always"] == {"method": "ngram", "num_speculative_tokens": 5, "adaptive": False}
-    assert list(speculative.lanes(["suffix"], "on")) == ["suffix k=5, adaptive"]
+    assert found["ngram k=7, always"] == {"method": "ngram", "num_speculative_tokens": 7, "adaptive": False}
+    assert list(speculative.lanes(["suffix"], "on")) == ["suffix k=7, adaptive"]
 
 
 @pytest.mark.slow
