@@ -23,7 +23,9 @@ def make_speculator(settings: SpeculativeSettings | None, executor: Executor) ->
     """What guesses and decides, as the settings say; None without settings."""
     if settings is None:
         return None
-    return Speculator(make_proposer(settings), measure_step_times(executor) if settings.adaptive else None)
+    times = measure_step_times(executor) if settings.adaptive else None
+    most_seqs = max(bucket.num_seqs for bucket in executor.program.buckets.verify())
+    return Speculator(make_proposer(settings), times, most_seqs)
 
 
 def make_proposer(settings: SpeculativeSettings) -> Proposer:

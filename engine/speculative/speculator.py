@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.requests.sequence import Sequence
+from engine.runtime.buckets import MOST_VERIFIED_SEQS
 from engine.speculative.acceptance import AcceptanceRate
 from engine.speculative.proposer import Proposer
 from engine.speculative.times import StepTimes
@@ -37,10 +38,11 @@ class Speculator:
     Args:
         proposer: makes them.
         times: of steps; None = draft wherever there is a guess.
+        most_seqs: sequences of the largest step that may have drafts.
     """
 
-    def __init__(self, proposer: Proposer, times: StepTimes | None) -> None:
-        self._proposer, self._times = proposer, times
+    def __init__(self, proposer: Proposer, times: StepTimes | None, most_seqs: int = MOST_VERIFIED_SEQS) -> None:
+        self._proposer, self._times, self._most_seqs = proposer, times, most_seqs
         self._guesses: dict[Sequence, _Guess] = {}
         self._asleep = False
 
@@ -65,7 +67,9 @@ class Speculator:
 
     def wakes(self, count: int) -> bool:
         """Whether drafts may pay at all with so many sequences. If not, none are made until it is asked again."""
-        asleep = self._times is not None and not self._times.can_pay(count, LEAST_GAIN)
+        asleep = count > self._most_seqs
+        if not asleep and self._times is not None:
+            asleep = not self._times.can_pay(count, LEAST_GAIN)
         if asleep and not self._asleep:
             for guess in self._guesses.values():
                 guess.drafts = ()  # they would be out of date when it wakes

@@ -22,9 +22,7 @@ class StepTimes:
         self._most_drafts = most_drafts
 
     def can_pay(self, num_seqs: int, least_gain: float) -> bool:
-        """Whether there is a shape for drafts of so many sequences that gains so much if all drafts are right."""
-        if num_seqs > max(self._times[True], default=0):
-            return False
+        """Whether so much is gained if all drafts of so many sequences, for which there is a shape, are right."""
         longer = self.seconds(num_seqs, drafts=True) / self.seconds(num_seqs, drafts=False)
         return (1 + self._most_drafts) / longer > least_gain
 

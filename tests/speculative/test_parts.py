@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from engine.requests.request import Request
 from engine.requests.sequence import Sequence
+from engine.runtime.buckets import BucketTable
+from engine.runtime.speculation import make_speculator
 from engine.sampling_params import SamplingParams
 from engine.speculative.acceptance import AcceptanceRate
 from engine.speculative.ngram import NgramProposer
+from engine.speculative.settings import SpeculativeSettings
 from engine.speculative.speculator import Speculator
 from engine.speculative.times import StepTimes
 
@@ -78,7 +83,7 @@ class Fixed:
 @pytest.mark.parametrize(("right", "expected"), [(True, True), (False, False)])
 def test_drafts_where_they_pay(right: bool, expected: bool) -> None:
     """The first guess after each token is a trial, whether or not drafts are given."""
-    speculator = Speculator(Fixed((5, 6, 7)), StepTimes({1: 1.0, 8: 1.0}, {1: 1.5, 8: 4.0}))
+    speculator = Speculator(Fixed((5, 6, 7)), StepTimes({1: 1.0, 8: 1.0}, {1: 1.5, 8: 4.0}), 8)
     few, many = [sequence_of([1])], [sequence_of([1]) for _ in range(8)]
     for sequence in (*few, *many):
         speculator.on_tokens(sequence, [1], 0)
@@ -93,6 +98,18 @@ def test_drafts_where_they_pay(right: bool, expected: bool) -> None:
     for sequence in (*few, *many):
         speculator.forget(sequence)
     assert speculator._guesses == {}
+
+
+def test_no_drafts_for_more_sequences_than_a_step_may_verify() -> None:
+    """Also where nobody asks whether they pay: a step of 24 tokens holds a token and three drafts of four sequences."""
+    settings = SpeculativeSettings(method="ngram", num_speculative_tokens=3, adaptive=False)
+    program = SimpleNamespace(buckets=BucketTable(24, 8, 3))
+    speculator = make_speculator(settings, SimpleNamespace(program=program))  # type: ignore[arg-type]
+    assert speculator is not None
+    sequences = [sequence_of([1, 2, 3], [1, 2]) for _ in range(5)]
+    for sequence in sequences:
+        speculator.on_tokens(sequence, sequence.output_token_ids, 0)
+    assert speculator.pays(sequences[:4]) and not speculator.pays(sequences)
 
 
 def test_nobody_guesses_where_it_cannot_pay() -> None:
