@@ -56,10 +56,11 @@ class _Trail:
         history: of the sequence.
         places, matched: indices behind what matches the last `matched` tokens; [] if nothing
             does, or nobody has looked.
-        past, past_matched: likewise slots of the corpus.
+        past, past_matched: likewise slots of `corpus`.
+        corpus: that the last look-up was in. Another may have taken its place meanwhile.
     """
 
-    __slots__ = ("history", "matched", "past", "past_matched", "places")
+    __slots__ = ("corpus", "history", "matched", "past", "past_matched", "places")
 
     def __init__(self) -> None:
         self.history = History(SHORTEST)
@@ -67,6 +68,7 @@ class _Trail:
         self.matched = 0
         self.past: list[int] = []
         self.past_matched = 0
+        self.corpus: Corpus | None = None
 
 
 class SuffixProposer:
@@ -92,9 +94,8 @@ class SuffixProposer:
             for token in new:
                 places = [place + 1 for place in places if tokens[place] == token]
             trail.places, trail.matched = places, trail.matched + len(new)
-        if trail.past:
-            corpus = self._corpora.get(sequence.request.cache_salt)
-            trail.past = [] if corpus is None else corpus.follow(trail.past, new)
+        if trail.corpus is not None and trail.past:
+            trail.past = trail.corpus.follow(trail.past, new)
             trail.past_matched += len(new)
 
     def propose(self, sequence: Sequence) -> tuple[int, ...]:
@@ -143,7 +144,8 @@ class SuffixProposer:
     def _past(self, trail: _Trail, corpus: Corpus, drafts: tuple[int, ...], right: float) -> tuple[int, ...]:
         """The draft of the past, if it promises more right tokens than the sequence's own."""
         tokens = trail.history.tokens
-        if not trail.past and len(tokens) >= RUN:
+        if len(tokens) >= RUN and (not trail.past or trail.corpus is not corpus):
+            trail.corpus = corpus
             trail.past, trail.past_matched = corpus.longest_matches(tokens, self._options.max_depth, MOST_PLACES)
         if not trail.past:
             return drafts

@@ -157,3 +157,48 @@ def test_a_corpus_as_by_hand(outputs: list[list[int]], data: st.DataObject) -> N
         assert matched == (best if best >= RUN else 0)
         for place in places:
             assert ring[place - matched : place] == tokens[-matched:]
+
+
+def test_a_match_in_outputs_that_are_gone() -> None:
+    """Its places mean nothing in the corpus that has taken the place of theirs, which is smaller."""
+    proposer = proposer_of(most_outputs=1)
+    past(proposer, [*range(1000, 2500), 11, 12, 13, 14, 15, 16], salt="a")
+    sequence = sequence_of([7], [11, 12, 13], salt="a")
+    proposer.extend(sequence)
+    assert proposer.propose(sequence) == (14, 15, 16)
+    past(proposer, [1, 2, 3, 4, 5], salt="b")
+    past(proposer, [11, 12, 13, 14, 20, 21], salt="a")
+    sequence.output_token_ids.append(14)
+    proposer.extend(sequence)
+    assert proposer.propose(sequence) in ((15, 16), (20, 21))
+    sequence.output_token_ids.append(20)
+    proposer.extend(sequence)
+    assert proposer.propose(sequence) == (21,)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 6), st.sampled_from([1, 3, 40]))
+def test_any_traffic(seed: int, most_outputs: int, longest: int) -> None:
+    """Whoever comes and goes: at most as many drafts as asked for, and never a token of another salt."""
+    rng = np.random.default_rng(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_module, "FIRST_SLOTS", 16)
+        patch.setattr(corpus_module, "MOST_SLOTS", 128)
+        proposer = proposer_of(most_outputs=most_outputs)
+        live: list[Sequence] = []
+        for _ in range(150):
+            if len(live) < 4:
+                salt = int(rng.integers(3))
+                live.append(sequence_of([100 * salt + 50], [], salt=str(salt)))
+            at = int(rng.integers(len(live)))
+            sequence = live[at]
+            base = 100 * int(sequence.request.cache_salt or 0)
+            sequence.output_token_ids += (base + rng.integers(0, 3, rng.integers(1, longest + 1))).tolist()
+            proposer.extend(sequence)
+            drafts = proposer.propose(sequence)
+            assert len(drafts) <= 4 and all(base <= token <= base + 50 for token in drafts)
+            if rng.random() < 0.2:
+                proposer.forget(live.pop(at))
+            assert sum(corpus.num_outputs for corpus in proposer._corpora.values()) == len(proposer._salts)
+            assert len(proposer._salts) <= most_outputs
+    assert set(proposer._trails) <= set(live)
