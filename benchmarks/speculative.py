@@ -18,7 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,15 @@ DEFAULT_METHODS = ("ngram", "suffix")
 DEFAULT_DRAFTS = 7  # with the known token eight rows: on a CPU they take as long as six
 FEWEST_REQUESTS = 8  # of a cell
 MAX_MODEL_LEN = 512
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Of one engine: seconds in all, and of decoding only."""
+
+    seconds: float
+    decode_s: float
+    outputs: list[RequestOutput]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,22 +151,15 @@ def _turn(engines: tuple[Engine, Engine], workload: str, streams: int, number: i
     messages = chosen.messages(number)[:num_requests]
     prompts = [engines[0].apply_chat_template([{"role": "user", "content": text}]) for text in messages]
     salt = f"{workload}/{streams}/{number}"
-    measured: dict[int, tuple[float, list[RequestOutput]]] = {}
+    measured: dict[int, _Run] = {}
     for index in (0, 1) if number % 2 else (1, 0):
         measured[index] = _run(engines[index], prompts, streams, output_len, salt)
         time.sleep(0.2)
-    (plain_s, plain), (guessing_s, guessed) = measured[0], measured[1]
-    return _compare(plain_s, plain, guessing_s, guessed)
+    return _compare(measured[0], measured[1])
 
 
-def _run(
-    engine: Engine, prompts: Sequence[list[int]], streams: int, output_len: int, salt: str
-) -> tuple[float, list[RequestOutput]]:
-    """All prompts, so many at a time.
-
-    Returns:
-        Seconds, and the outputs.
-    """
+def _run(engine: Engine, prompts: Sequence[list[int]], streams: int, output_len: int, salt: str) -> _Run:
+    """All prompts, so many at a time."""
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=output_len, detokenize=False)
     batches: list[list[Prompt]] = [
         [{"prompt_token_ids": ids, "cache_salt": salt} for ids in prompts[start : start + streams]]
@@ -165,22 +167,28 @@ def _run(
     ]
     compiled = engine.metrics()["compiles_after_ready"]
     started = time.perf_counter()
-    outputs = [output for batch in batches for output in engine.generate(batch, params)]
+    answers = [engine.generate(batch, params) for batch in batches]
     seconds = time.perf_counter() - started
+    outputs = [output for answer in answers for output in answer]
     if engine.metrics()["compiles_after_ready"] != compiled:
         raise SystemExit("executables were compiled during a measured run")
     for output in outputs:
         if output.error is not None or len(output.outputs[0].token_ids) != output_len:
             raise SystemExit(f"a request gave another number of tokens than it was asked for: {output.error}")
-    return seconds, outputs
+    return _Run(seconds, sum(map(_decode_s, answers)), outputs)
 
 
-def _compare(
-    plain_s: float, plain: Sequence[RequestOutput], guessing_s: float, guessed: Sequence[RequestOutput]
-) -> Turn:
+def _decode_s(outputs: Sequence[RequestOutput]) -> float:
+    """From the moment when all had their first token to the last token of all."""
+    every = [output.metrics for output in outputs if output.metrics is not None]
+    first, last = [m.first_token_ts for m in every], [m.last_token_ts for m in every]
+    return max(ts for ts in last if ts is not None) - max(ts for ts in first if ts is not None)
+
+
+def _compare(plain: _Run, guessing: _Run) -> Turn:
     accepted: list[int] = []
     num_drafts = num_draft_tokens = 0
-    for output in guessed:
+    for output in guessing.outputs:
         assert output.metrics is not None
         metrics = output.metrics
         num_drafts += metrics.num_drafts
@@ -188,12 +196,15 @@ def _compare(
         accepted += [0] * (len(metrics.accepted_per_pos) - len(accepted))
         for place, count in enumerate(metrics.accepted_per_pos):
             accepted[place] += count
-    same = [a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in zip(plain, guessed, strict=True)]
+    pairs = zip(plain.outputs, guessing.outputs, strict=True)
+    same = [a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in pairs]
     return Turn(
-        plain_s=plain_s,
-        guessing_s=guessing_s,
-        num_requests=len(plain),
-        num_output_tokens=sum(len(output.outputs[0].token_ids) for output in plain),
+        plain_s=plain.seconds,
+        guessing_s=guessing.seconds,
+        plain_decode_s=plain.decode_s,
+        guessing_decode_s=guessing.decode_s,
+        num_requests=len(plain.outputs),
+        num_output_tokens=sum(len(output.outputs[0].token_ids) for output in plain.outputs),
         num_same=sum(same),
         num_drafts=num_drafts,
         num_draft_tokens=num_draft_tokens,

@@ -19,6 +19,7 @@ class Turn:
 
     Attributes:
         plain_s, guessing_s: seconds for all requests.
+        plain_decode_s, guessing_decode_s: of them, those in which all requests at a time had their first token.
         num_requests, num_output_tokens: the same both ways.
         num_same: requests that gave the same tokens both ways.
         num_drafts, num_draft_tokens: how often a request had drafts in a step, and how many.
@@ -27,6 +28,8 @@ class Turn:
 
     plain_s: float
     guessing_s: float
+    plain_decode_s: float
+    guessing_decode_s: float
     num_requests: int
     num_output_tokens: int
     num_same: int
@@ -64,7 +67,15 @@ class Speedup(NamedTuple):
 
 def speedup(cell: Cell) -> Speedup:
     """Of one cell: of its ratios, repetition by repetition."""
-    ratios = [turn.plain_s / turn.guessing_s for turn in cell.turns]
+    return _of([turn.plain_s / turn.guessing_s for turn in cell.turns])
+
+
+def decode_speedup(cell: Cell) -> Speedup:
+    """Likewise without the prompts."""
+    return _of([turn.plain_decode_s / turn.guessing_decode_s for turn in cell.turns])
+
+
+def _of(ratios: Sequence[float]) -> Speedup:
     return Speedup(statistics.median(ratios), min(ratios), max(ratios))
 
 
@@ -76,7 +87,8 @@ def markdown(cells: Sequence[Cell], facts: dict[str, Any]) -> str:
         f"# Speculative decoding, {facts['date']}",
         f"{quick}{machine['processor']}, {machine['cpu_count']} cores; {facts['model']}, greedy, "
         f"{facts['repetitions']} repetitions in turn after a warm-up. Speedup: time without drafts over time with "
-        "them, prompts included; median (lowest–highest).",
+        "them, prompts included; median (lowest–highest). Decode: the same without the time until all requests of a "
+        "batch have their first token.",
     ]
     for dtype, workload in dict.fromkeys((cell.dtype, cell.workload) for cell in cells):
         chosen = [cell for cell in cells if (cell.dtype, cell.workload) == (dtype, workload)]
@@ -95,11 +107,9 @@ def _speedups(cells: Sequence[Cell]) -> str:
     }
     rows = [["without, output tok/s", *(f"{plain[size]:.0f}" for size in sizes)]]
     for lane in dict.fromkeys(cell.lane for cell in cells):
-        row = [lane]
-        for size in sizes:
-            cell = found.get((lane, size))
-            row.append("" if cell is None else "{:.2f}× ({:.2f}–{:.2f})".format(*speedup(cell)))
-        rows.append(row)
+        for name, figure in ((lane, speedup), (f"{lane}: decode", decode_speedup)):
+            every = [found.get((lane, size)) for size in sizes]
+            rows.append([name, *("" if c is None else "{:.2f}× ({:.2f}–{:.2f})".format(*figure(c)) for c in every)])
     return table(("streams", *map(str, sizes)), rows)
 
 

@@ -40,6 +40,8 @@ def cell(streams: int = 1, lane: str = "ngram", **changes: object) -> Cell:
     turn = {
         "plain_s": 3.0,
         "guessing_s": 1.5,
+        "plain_decode_s": 2.0,
+        "guessing_decode_s": 0.5,
         "num_requests": 8,
         "num_output_tokens": 80,
         "num_same": 8,
@@ -58,6 +60,7 @@ def test_the_report() -> None:
         [cell(), cell(4), cell(4, "suffix", num_drafts=0, num_draft_tokens=0, accepted_per_pos=())], FACTS
     )
     assert "| ngram | 2.00× (1.00–3.00) | 2.00× (1.00–3.00) |" in report
+    assert "| ngram: decode | 4.00× (4.00–4.00) | 4.00× (4.00–4.00) |" in report
     assert "| suffix |  | 2.00× (1.00–3.00) |" in report, "a cell that was not measured is empty"
     assert "| ngram | 1 | 3.0 | 53% | 80% 60% 20% | 1.25 | 100% |" in report
     assert "| suffix | 4 | – | – | – | 1.00 | 100% |" in report
