@@ -139,3 +139,16 @@ def test_times_follow_what_is_seen() -> None:
     times.observe(4, 1000.0, drafts=False)
     assert times.seconds(4, drafts=False) < 1.3, "a pause of the machine is not believed"
     times.observe(64, 1.0, drafts=False)  # a bucket that nothing is thought of in
+
+
+def test_slow_steps_with_drafts_are_forgotten() -> None:
+    """Twice as long at the start, six times for a while, and then nobody tried."""
+    times = StepTimes({4: 1.0}, {4: 2.0})
+    for _ in range(60):
+        times.observe(4, 6.0, drafts=True)
+    for _ in range(300):
+        times.observe(4, 1.5, drafts=False)
+    assert times.seconds(4, drafts=True) > 5.5, "a moment ago"
+    for _ in range(10_000):
+        times.observe(4, 1.5, drafts=False)
+    assert times.seconds(4, drafts=True) == pytest.approx(3.0, rel=0.05), "twice as long as a step now takes without"
