@@ -297,7 +297,7 @@ def test_eagle3_weight_errors(
 
 
 def test_target_of_few_layers_has_no_default_taps(tmp_path: Path) -> None:
-    """The authors' choice needs six layers."""
+    """The authors' choice needs seven layers."""
     raw = tiny_config()
     small = load_model(write_checkpoint(tmp_path / "target", raw, random_tensors(raw)))
     params: Params = small.params
