@@ -86,6 +86,7 @@ class RequestTimeline:
     """What happened to one request, live or lately ended. Times in seconds of `time.monotonic()`.
 
     Attributes:
+        num_draft_tokens, num_accepted_tokens: guesses that were verified, and that were right.
         events: the steps that it was in (at most the newest some hundred).
     """
 
@@ -101,6 +102,8 @@ class RequestTimeline:
     num_preemptions: int
     finish_reason: str | None
     events: tuple[StepEvent, ...] = ()
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 class EngineClient(Protocol):

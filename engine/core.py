@@ -158,7 +158,7 @@ class EngineCore:
         a step in flight is read first: that is the price of a step with drafts, and part of its time.
         """
         scheduler = self.scheduler
-        if scheduler.may_admit:
+        if scheduler.may_admit or not speculator.wakes(scheduler.num_running):
             return
         decoding = [sequence for sequence in scheduler.running if sequence.wants_tokens]
         if not decoding or any(sequence.num_uncomputed > 1 for sequence in decoding) or not speculator.pays(decoding):
@@ -188,8 +188,10 @@ class EngineCore:
             return
         if step is None:
             return
+        # Before a step with drafts the last one was read, if they are made on the host: what came between is its time.
+        drained = step.bucket.num_logits > 1 and not self._in_flight
+        self._started.append(self._collected_at if drained else now)
         self._in_flight.append(step)
-        self._started.append(now)
         self._dispatched = True
         reading = self.stats.collect_s + self.stats.commit_s - read_before
         dispatch_s = time.perf_counter() - planned - reading

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 
@@ -160,7 +162,7 @@ def _embedding(record: RequestRecord) -> tuple[float, ...] | None:
 
 def _metrics(record: RequestRecord) -> RequestMetrics:
     arrival, completions = record.request.arrival_time, record.completions
-    if len(completions) == 1:  # made for every token of most requests
+    if len(completions) == 1 and not completions[0].sequence.accepted_runs:  # made for every token of most requests
         s = completions[0].sequence
         return RequestMetrics(
             arrival,
@@ -172,6 +174,7 @@ def _metrics(record: RequestRecord) -> RequestMetrics:
             s.num_preemptions,
         )
     sequences = record.sequences
+    num_drafts, num_draft_tokens, num_accepted_tokens, accepted_per_pos = _draft_counts(sequences)
     return RequestMetrics(
         arrival_time=arrival,
         queued_ts=arrival,
@@ -180,7 +183,22 @@ def _metrics(record: RequestRecord) -> RequestMetrics:
         last_token_ts=max((s.last_token_ts for s in sequences if s.last_token_ts is not None), default=None),
         num_generation_tokens=sum(len(s.output_token_ids) for s in sequences),
         num_preemptions=sum(s.num_preemptions for s in sequences),
+        num_drafts=num_drafts,
+        num_draft_tokens=num_draft_tokens,
+        num_accepted_tokens=num_accepted_tokens,
+        accepted_per_pos=accepted_per_pos,
     )
+
+
+def _draft_counts(sequences: Iterable[Sequence]) -> tuple[int, int, int, tuple[int, ...]]:
+    """The last four fields of `RequestMetrics`."""
+    sequences = tuple(sequences)
+    runs = [sum(column) for column in zip_longest(*(s.accepted_runs for s in sequences), fillvalue=0)]
+    accepted_per_pos: tuple[int, ...] = ()
+    if all(s.finished for s in sequences):
+        accepted_per_pos = tuple(sum(runs[place:]) for place in range(1, len(runs)))
+    drafted, accepted = sum(s.num_drafted for s in sequences), sum(s.num_accepted for s in sequences)
+    return sum(runs), drafted, accepted, accepted_per_pos
 
 
 def stamp(sequence: Sequence) -> None:

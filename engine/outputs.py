@@ -54,6 +54,10 @@ class RequestMetrics:
     """When things happened, in seconds of `time.monotonic()`; None where it has not happened yet. An engine in a
     process of its own sends them with a request's last output only.
 
+    With speculative decoding also how well it guessed: steps that verified drafts, drafts in them, and those that were
+    right, of all completions. `accepted_per_pos`, with the last output, says how often the first, the second … draft of
+    a step was right; () if there were no drafts.
+
     Linux has one monotonic clock for all processes, so that these times may be subtracted from those of another process
     of the same machine.
     """
@@ -65,6 +69,10 @@ class RequestMetrics:
     last_token_ts: float | None = None
     num_generation_tokens: int = 0
     num_preemptions: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_pos: tuple[int, ...] = ()
 
     @property
     def first_token_latency(self) -> float | None:

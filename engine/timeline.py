@@ -151,6 +151,8 @@ def _describe(request_id: str, sequences: tuple[Sequence, ...], ended: float | N
         num_output_tokens=sum(len(s.output_token_ids) for s in sequences),
         num_preemptions=sum(s.num_preemptions for s in sequences),
         finish_reason=reasons[-1] if len(reasons) == len(sequences) else None,
+        num_draft_tokens=sum(s.num_drafted for s in sequences),
+        num_accepted_tokens=sum(s.num_accepted for s in sequences),
     )
 
 

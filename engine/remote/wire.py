@@ -114,7 +114,7 @@ class Output(msgspec.Struct, array_like=True):
     finished: bool
     num_cached_tokens: int
     prompt_logprobs: list[Position | None] | None
-    metrics: list[int | float | None] | None
+    metrics: list[int | float | tuple[int, ...] | None] | None
     error: str | None
     embedding: tuple[float, ...] | None = None
 

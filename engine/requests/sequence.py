@@ -55,6 +55,7 @@ class Sequence:
         num_pending_drafts: drafts that dispatched steps verify.
         draft_token_ids: drafts for the next step.
         num_drafted, num_accepted: drafts that were verified, and that were right.
+        accepted_runs: [n] = steps of which the first n drafts, and no more, were right; [] as long as it had none.
         output_token_ids: outputs read so far.
         block_table: ids of the KV blocks, in order of the tokens.
         block_hashes: chained hashes of the full blocks of known tokens, as far as computed.
@@ -77,6 +78,7 @@ class Sequence:
     draft_token_ids: tuple[int, ...] = ()
     num_drafted: int = 0
     num_accepted: int = 0
+    accepted_runs: list[int] = field(default_factory=list)
     output_token_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] | None = None
     cumulative_logprob: float = 0.0

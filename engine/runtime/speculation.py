@@ -10,8 +10,10 @@ import numpy as np
 from engine.runtime.buckets import Bucket
 from engine.runtime.executor import Executor
 from engine.speculative.ngram import NgramProposer
+from engine.speculative.proposer import Proposer
 from engine.speculative.settings import SpeculativeSettings
 from engine.speculative.speculator import Speculator
+from engine.speculative.suffix import SuffixOptions, SuffixProposer
 from engine.speculative.times import StepTimes
 
 REPETITIONS = 3
@@ -21,8 +23,23 @@ def make_speculator(settings: SpeculativeSettings | None, executor: Executor) ->
     """What guesses and decides, as the settings say; None without settings."""
     if settings is None:
         return None
-    proposer = NgramProposer(settings.prompt_lookup_min, settings.prompt_lookup_max, settings.num_speculative_tokens)
-    return Speculator(proposer, measure_step_times(executor) if settings.adaptive else None)
+    times = measure_step_times(executor) if settings.adaptive else None
+    most_seqs = max(bucket.num_seqs for bucket in executor.program.buckets.verify())
+    return Speculator(make_proposer(settings), times, most_seqs)
+
+
+def make_proposer(settings: SpeculativeSettings) -> Proposer:
+    """What makes the guesses of the settings' method."""
+    if settings.method == "ngram":
+        return NgramProposer(settings.prompt_lookup_min, settings.prompt_lookup_max, settings.num_speculative_tokens)
+    options = SuffixOptions(
+        num_drafts=settings.num_speculative_tokens,
+        max_depth=settings.suffix_decoding_max_tree_depth,
+        spec_factor=settings.suffix_decoding_max_spec_factor,
+        least_prob=settings.suffix_decoding_min_token_prob,
+        most_outputs=settings.suffix_decoding_max_cached_requests,
+    )
+    return SuffixProposer(options)
 
 
 def measure_step_times(executor: Executor) -> StepTimes:
@@ -34,6 +51,7 @@ def measure_step_times(executor: Executor) -> StepTimes:
     return StepTimes(
         {bucket.num_seqs: _measure(executor, bucket) for bucket in plain},
         {bucket.num_seqs: _measure(executor, bucket) for bucket in verify},
+        buckets.num_drafts,
     )
 
 

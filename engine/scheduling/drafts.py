@@ -32,5 +32,8 @@ def settle_drafts(sequence: Sequence, num_drafts: int, num_right: int) -> None:
     sequence.num_pending_drafts -= num_drafts
     sequence.num_drafted += num_drafts
     sequence.num_accepted += num_right
+    runs = sequence.accepted_runs
+    runs += [0] * (num_drafts + 1 - len(runs))
+    runs[num_right] += 1
     if sequence.status is SequenceStatus.RUNNING:  # a preempted one counts nothing as computed
         sequence.num_computed -= num_drafts - num_right

@@ -2,7 +2,10 @@
 
     settings.py     `speculative_config`, vLLM's keys
     proposer.py     `Proposer`: what makes guesses
+    history.py      tokens of a sequence, and where its last ones stood before
     ngram.py        from earlier occurrences of the last tokens in prompt and output
+    corpus.py       outputs of sequences that have ended, and where a run of tokens stands in them
+    suffix.py       what followed most often, in the sequence and in outputs of the past
     acceptance.py   how often the guesses of a sequence are right
     times.py        how long steps take with and without drafts
     speculator.py   which sequences get drafts in the next step, if any

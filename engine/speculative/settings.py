@@ -10,7 +10,19 @@ from typing import Any
 from engine.errors import ConfigError
 from engine.scheduling.plan import MOST_DRAFTS
 
-METHODS = ("ngram",)
+# method -> the keys that it alone has
+KEYS_OF = {
+    "ngram": ("prompt_lookup_min", "prompt_lookup_max"),
+    "suffix": (
+        "suffix_decoding_max_tree_depth",
+        "suffix_decoding_max_cached_requests",
+        "suffix_decoding_max_spec_factor",
+        "suffix_decoding_min_token_prob",
+    ),
+}
+METHODS = tuple(KEYS_OF)
+MOST_DEPTH = 256
+MOST_CACHED_REQUESTS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +33,10 @@ class SpeculativeSettings:
         method: one of `METHODS`.
         num_speculative_tokens: most drafts of a sequence in a step.
         prompt_lookup_min, prompt_lookup_max: shortest and longest match of the last tokens ("ngram").
+        suffix_decoding_max_tree_depth: tokens of a match beyond which it is not better ("suffix").
+        suffix_decoding_max_cached_requests: outputs of the past that are kept to guess from; 0 = none ("suffix").
+        suffix_decoding_max_spec_factor: most drafts for each token that matches ("suffix").
+        suffix_decoding_min_token_prob: estimated probability below which a draft is not worth it ("suffix").
         adaptive: draft only where it pays by the measured times and rates; False = wherever there is a guess.
     """
 
@@ -28,6 +44,10 @@ class SpeculativeSettings:
     num_speculative_tokens: int
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 5
+    suffix_decoding_max_tree_depth: int = 24
+    suffix_decoding_max_cached_requests: int = 10_000
+    suffix_decoding_max_spec_factor: float = 1.0
+    suffix_decoding_min_token_prob: float = 0.1
     adaptive: bool = True
 
     def __post_init__(self) -> None:
@@ -35,6 +55,12 @@ class SpeculativeSettings:
         _check_integer("num_speculative_tokens", self.num_speculative_tokens, 1, MOST_DRAFTS)
         _check_integer("prompt_lookup_min", self.prompt_lookup_min, 1, MOST_DRAFTS)
         _check_integer("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min, MOST_DRAFTS)
+        _check_integer("suffix_decoding_max_tree_depth", self.suffix_decoding_max_tree_depth, 2, MOST_DEPTH)
+        _check_integer(
+            "suffix_decoding_max_cached_requests", self.suffix_decoding_max_cached_requests, 0, MOST_CACHED_REQUESTS
+        )
+        _check_number("suffix_decoding_max_spec_factor", self.suffix_decoding_max_spec_factor, 0.5, MOST_DRAFTS)
+        _check_number("suffix_decoding_min_token_prob", self.suffix_decoding_min_token_prob, 0, 1)
         _check(isinstance(self.adaptive, bool), f"adaptive must be true or false, got {self.adaptive!r}.")
 
 
@@ -55,7 +81,11 @@ def parse_speculative(text: str) -> SpeculativeSettings:
     _check(not unknown, f"{', '.join(unknown)} is not known; known are {', '.join(known)}.")
     for name in ("method", "num_speculative_tokens"):
         _check(name in found, f"{name} is missing.")
-    return SpeculativeSettings(**{str(name): value for name, value in found.items()})
+    settings = SpeculativeSettings(**{str(name): value for name, value in found.items()})
+    for method, keys in KEYS_OF.items():
+        foreign = sorted(set(found) & set(keys))
+        _check(method == settings.method or not foreign, f"{', '.join(foreign)} is of method {method!r} only.")
+    return settings
 
 
 def _check(condition: bool, message: str) -> None:
@@ -66,3 +96,8 @@ def _check(condition: bool, message: str) -> None:
 def _check_integer(name: str, value: Any, least: int, most: int) -> None:
     good = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
     _check(good, f"{name} must be an integer from {least} to {most}, got {value!r}.")
+
+
+def _check_number(name: str, value: Any, least: float, most: float) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+    _check(good, f"{name} must be a number from {least} to {most}, got {value!r}.")

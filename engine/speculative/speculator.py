@@ -6,7 +6,8 @@ A step with drafts of S sequences takes longer than one without and gives more t
 
 by the measured times of both shapes and by how often each sequence's guesses were right. The rates are known without
 drafting, too: the first guess after each token is compared with the token that comes. So a sequence that starts to copy
-is noticed, and one whose guesses fail costs nothing but the guess.
+is noticed, and one whose guesses fail costs nothing but the guess. With so many sequences that even right drafts would
+not pay, nobody guesses: what was missed is read when they are fewer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.requests.sequence import Sequence
+from engine.runtime.buckets import MOST_VERIFIED_SEQS
 from engine.speculative.acceptance import AcceptanceRate
 from engine.speculative.proposer import Proposer
 from engine.speculative.times import StepTimes
@@ -36,14 +38,18 @@ class Speculator:
     Args:
         proposer: makes them.
         times: of steps; None = draft wherever there is a guess.
+        most_seqs: sequences of the largest step that may have drafts.
     """
 
-    def __init__(self, proposer: Proposer, times: StepTimes | None) -> None:
-        self._proposer, self._times = proposer, times
+    def __init__(self, proposer: Proposer, times: StepTimes | None, most_seqs: int = MOST_VERIFIED_SEQS) -> None:
+        self._proposer, self._times, self._most_seqs = proposer, times, most_seqs
         self._guesses: dict[Sequence, _Guess] = {}
+        self._asleep = False
 
     def on_tokens(self, sequence: Sequence, tokens: list[int], num_drafts: int) -> None:
         """A sequence got tokens, by a step that verified so many drafts of it. It has not ended."""
+        if self._asleep:
+            return
         guess = self._guesses.get(sequence)
         if guess is None:
             guess = self._guesses[sequence] = _Guess()
@@ -59,22 +65,33 @@ class Speculator:
         self._guesses.pop(sequence, None)
         self._proposer.forget(sequence)
 
+    def wakes(self, count: int) -> bool:
+        """Whether drafts may pay at all with so many sequences. If not, none are made until it is asked again."""
+        asleep = count > self._most_seqs
+        if not asleep and self._times is not None:
+            asleep = not self._times.can_pay(count, LEAST_GAIN)
+        if asleep and not self._asleep:
+            for guess in self._guesses.values():
+                guess.drafts = ()  # they would be out of date when it wakes
+        self._asleep = asleep
+        return not asleep
+
     def pays(self, sequences: list[Sequence]) -> bool:
         """Whether the next step of these sequences, one token each, should verify drafts.
 
         With a step in flight the guesses are those before its tokens; they are taken as typical of those after.
         """
+        count, times = len(sequences), self._times
+        if not self.wakes(count):
+            return False
         right, any_drafts = 0.0, False
         for sequence in sequences:
             guess = self._guesses.get(sequence)
             if guess is not None and guess.drafts:
                 any_drafts = True
                 right += guess.rate.expected(len(guess.drafts))
-        count, times = len(sequences), self._times
         if times is None or not any_drafts:
             return any_drafts
-        if not times.can_verify(count):
-            return False
         gain = (count + right) / count * times.seconds(count, drafts=False) / times.seconds(count, drafts=True)
         return gain > LEAST_GAIN
 

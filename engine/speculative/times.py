@@ -1,10 +1,18 @@
-"""How long steps take: measured at the start for each shape, and corrected by what is seen since."""
+"""How long steps take: measured at the start for each shape, and corrected by what is seen since.
+
+While no drafts are used nothing is seen of steps with drafts. Their time then drifts back to what it was at the start
+beside that of a step without, within some thousand steps: so they are tried again, now and then, which costs less than
+one percent.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from engine.scheduling.plan import MOST_DRAFTS
+
 WEIGHT = 0.1  # of a new observation
+FORGET = 0.0005  # of what was seen of steps with drafts, at each step without
 
 
 class StepTimes:
@@ -12,14 +20,18 @@ class StepTimes:
 
     Args:
         plain, verify: sequences of a bucket -> seconds, as measured at the start.
+        most_drafts: of a sequence in a step.
     """
 
-    def __init__(self, plain: Mapping[int, float], verify: Mapping[int, float]) -> None:
+    def __init__(self, plain: Mapping[int, float], verify: Mapping[int, float], most_drafts: int = MOST_DRAFTS) -> None:
         self._times = {False: dict(plain), True: dict(verify)}
+        self._most_drafts = most_drafts
+        self._longer = {size: verify[size] / plain[size] for size in verify if size in plain}  # at the start
 
-    def can_verify(self, num_seqs: int) -> bool:
-        """Whether there is a shape for drafts of so many sequences."""
-        return num_seqs <= max(self._times[True], default=0)
+    def can_pay(self, num_seqs: int, least_gain: float) -> bool:
+        """Whether so much is gained if all drafts of so many sequences, for which there is a shape, are right."""
+        longer = self.seconds(num_seqs, drafts=True) / self.seconds(num_seqs, drafts=False)
+        return (1 + self._most_drafts) / longer > least_gain
 
     def seconds(self, num_seqs: int, *, drafts: bool) -> float:
         """Of a step with so many sequences."""
@@ -33,3 +45,7 @@ class StepTimes:
         if known is None:
             return  # a bucket that drafts are never thought of in
         times[bucket_seqs] = known + WEIGHT * (min(seconds, 3.0 * known) - known)
+        longer, verify = self._longer.get(bucket_seqs), self._times[True]
+        if not drafts and longer is not None:
+            # What made steps with drafts slow may have passed: without this they would never be tried again.
+            verify[bucket_seqs] += FORGET * (longer * times[bucket_seqs] - verify[bucket_seqs])

@@ -22,6 +22,7 @@ class RequestLine:
         finish_reasons: of its completions.
         client_abort: True if the client left before the end.
         queue_ms: arrival to first step. ttft_ms: arrival to first token. e2e_ms: arrival to end.
+        draft_tokens, accepted_tokens: guesses of speculative decoding that were verified, and that were right.
         error: what went wrong, cut to 300 characters.
     """
 
@@ -37,6 +38,8 @@ class RequestLine:
     queue_ms: float | None = None
     ttft_ms: float | None = None
     e2e_ms: float | None = None
+    draft_tokens: int | None = None
+    accepted_tokens: int | None = None
     error: str | None = None
 
     @property
@@ -72,6 +75,8 @@ def as_text(line: RequestLine, time: datetime) -> str:
     times = [("queue", line.queue_ms), ("ttft", line.ttft_ms), ("e2e", line.e2e_ms)]
     if known := [f"{name} {value:.1f} ms" for name, value in times if value is not None]:
         parts.append("| " + ", ".join(known))
+    if line.draft_tokens is not None:
+        parts.append(f"| {line.accepted_tokens} of {line.draft_tokens} drafts")
     if line.error is not None:
         parts.append(f"| {line.error}")
     return printable(" ".join(parts))

@@ -71,6 +71,8 @@ class RequestLog:
 def line_of(start: RequestStart, end: RequestEnd) -> RequestLine:
     """What there is to say of a request that ended."""
     output = end.output
+    times = None if output is None else output.metrics
+    guessed = times if times is not None and times.num_draft_tokens > 0 else None
     return RequestLine(
         request_id=start.request_id,
         endpoint=start.endpoint,
@@ -84,6 +86,8 @@ def line_of(start: RequestStart, end: RequestEnd) -> RequestLine:
         queue_ms=_queue_ms(output),
         ttft_ms=_ms(first_token_s(end)),
         e2e_ms=_ms(end.e2e_s),
+        draft_tokens=None if guessed is None else guessed.num_draft_tokens,
+        accepted_tokens=None if guessed is None else guessed.num_accepted_tokens,
         error=shorten(end.error),
     )
 

@@ -39,7 +39,9 @@ class TimelineStep(BaseModel):
 
 
 class Timeline(BaseModel):
-    """What happened to a request; a time is null where it has not happened yet. `steps` are the newest some hundred."""
+    """What happened to a request; a time is null where it has not happened yet. `steps` are the newest some hundred.
+    Draft tokens are guesses of speculative decoding that were verified, accepted ones those that were right.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -52,6 +54,8 @@ class Timeline(BaseModel):
     num_cached_tokens: int
     num_output_tokens: int
     num_preemptions: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
     finish_reason: str | None
     steps: list[TimelineStep]
 
@@ -73,6 +77,8 @@ class Timeline(BaseModel):
             num_cached_tokens=timeline.num_cached_tokens,
             num_output_tokens=timeline.num_output_tokens,
             num_preemptions=timeline.num_preemptions,
+            num_draft_tokens=timeline.num_draft_tokens,
+            num_accepted_tokens=timeline.num_accepted_tokens,
             finish_reason=timeline.finish_reason,
             steps=[TimelineStep.of(event, arrival) for event in timeline.events],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from engine.requests.sequence import Sequence as EngineSequence
 from engine.sampling_params import SamplingParams, StructuredOutputsParams
 from engine.scheduling.scheduler import Scheduler
 from engine.speculative.speculator import Speculator
+from engine.speculative.suffix import SuffixOptions, SuffixProposer
 from tests.engine.conftest import EngineShelf
 from tests.engine.helpers import GOLDEN_SETTINGS, TINY, core_of, golden_prompts, parts_of, tokens_of
 from tests.engine.test_invariance import ALONE, CASES, Schedule, make_core, require_same, run
@@ -98,6 +100,16 @@ def test_every_parameter_with_right_guesses(parts: BuiltEngine, alone: list[Requ
     assert stats.num_draft_tokens > 100
     assert stats.num_accepted_tokens > 0.9 * stats.num_draft_tokens, "right guesses are accepted"
     assert sum(stats.accepted_at) == stats.num_accepted_tokens
+    metrics = [output.metrics for output in outputs if output.metrics is not None]
+    assert len(metrics) == len(outputs)
+    assert sum(m.num_accepted_tokens for m in metrics) == sum(sum(m.accepted_per_pos) for m in metrics)
+    known = core.timeline.of("0")
+    assert known is not None and known.num_draft_tokens == metrics[0].num_draft_tokens > 0
+    assert known.num_accepted_tokens == metrics[0].num_accepted_tokens
+    # What was in flight when a sequence ended is only in the engine's counts.
+    assert 0.8 * stats.num_drafts < sum(m.num_drafts for m in metrics) <= stats.num_drafts
+    assert 0.8 * stats.num_draft_tokens < sum(m.num_draft_tokens for m in metrics) <= stats.num_draft_tokens
+    assert all(m.num_drafts <= m.num_draft_tokens <= NUM_DRAFTS * m.num_drafts for m in metrics)
     assert stats.num_steps < sum(len(c.token_ids) for o in alone for c in o.outputs)
 
 
@@ -130,6 +142,46 @@ def test_any_schedule_with_any_guesses(
     chosen, gaps = [number for number, _ in workload], [gap for _, gap in workload]
     for number, output in zip(chosen, run(core, parts, chosen, gaps), strict=True):
         require_same(output, alone[number])
+
+
+def test_suffixes_of_past_outputs(parts: BuiltEngine, alone: list[RequestOutput]) -> None:
+    """What a request gave is guessed when it comes again, and is not changed by that."""
+    options = SuffixOptions(num_drafts=NUM_DRAFTS, max_depth=24, spec_factor=1.0, least_prob=0.1, most_outputs=100)
+    core = make_core(parts, Schedule(spare_blocks=200))
+    core._speculator = Speculator(SuffixProposer(options), None)
+    rates = []
+    for _ in range(2):
+        before = core.stats.num_draft_tokens, core.stats.num_accepted_tokens
+        for output, expected in zip(run(core, parts, range(len(CASES)), [0] * len(CASES)), alone, strict=True):
+            require_same(output, expected)
+        drafted, right = core.stats.num_draft_tokens - before[0], core.stats.num_accepted_tokens - before[1]
+        rates.append(right / max(drafted, 1))
+    assert rates[1] > max(0.7, rates[0])
+
+
+class Slow(Oracle):
+    """Thinks for long."""
+
+    def propose(self, sequence: EngineSequence) -> tuple[int, ...]:
+        time.sleep(0.01)
+        return super().propose(sequence)
+
+
+def test_the_time_for_guesses_is_time_of_the_step(parts: BuiltEngine, alone: list[RequestOutput]) -> None:
+    """While the host guesses the device has nothing to do: what drafts gain must pay for that, too."""
+    core = speculating(parts, Schedule(spare_blocks=200), alone, lies=0.0, share=1.0, seed=0)
+    speculator = core._speculator
+    assert speculator is not None
+    speculator._proposer = Slow(speculator._proposer.answers, 0.0, 0)  # type: ignore[attr-defined]
+    seen: list[float] = []
+
+    def observe_time(num_tokens: int, num_seqs: int, seconds: float, *, drafts: bool) -> None:
+        if drafts:
+            seen.append(seconds)
+
+    speculator.observe_time = observe_time  # type: ignore[method-assign]
+    run(core, parts, [0], [0])
+    assert len(seen) > 3 and min(seen) > 0.01
 
 
 def test_preempted_again_and_again(parts: BuiltEngine, alone: list[RequestOutput]) -> None:
@@ -223,10 +275,15 @@ def test_grammars(structured: StructuredOutputsParams, shelf: EngineShelf) -> No
         ("{", "not valid JSON"),
         ("[]", "must be a JSON object"),
         ('{"method": "ngram"}', "num_speculative_tokens is missing"),
-        ('{"method": "oracle", "num_speculative_tokens": 3}', "method must be one of ngram"),
+        ('{"method": "oracle", "num_speculative_tokens": 3}', "method must be one of ngram, suffix"),
         ('{"method": "ngram", "num_speculative_tokens": 0}', "must be an integer from 1 to 32, got 0"),
         ('{"method": "ngram", "num_speculative_tokens": 3, "tree": 1}', "tree is not known; known are method"),
         ('{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 6}', "prompt_lookup_max must be"),
+        ('{"method": "suffix", "num_speculative_tokens": 3, "prompt_lookup_min": 2}', "of method 'ngram' only"),
+        (
+            '{"method": "suffix", "num_speculative_tokens": 3, "suffix_decoding_min_token_prob": 2}',
+            "suffix_decoding_min_token_prob must be a number from 0 to 1, got 2",
+        ),
     ],
 )
 def test_bad_settings(config: str, message: str) -> None:

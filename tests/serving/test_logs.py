@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -37,6 +38,16 @@ def test_a_line_of_text() -> None:
         "2026-01-02T12:00:00.005Z req-1 /v1/completions 200 model=tiny stop | 10 (4 cached) + 11 tokens "
         "| queue 500.0 ms, ttft 700.0 ms, e2e 1800.0 ms"
     )
+
+
+def test_a_line_of_a_request_that_had_drafts() -> None:
+    end = end_of()
+    assert end.output is not None and end.output.metrics is not None
+    times = replace(end.output.metrics, num_drafts=4, num_draft_tokens=12, num_accepted_tokens=7)
+    line = line_of(start_of(), replace(end, output=replace(end.output, metrics=times)))
+    assert as_text(line, NOON).endswith("e2e 1800.0 ms | 7 of 12 drafts")
+    found = json.loads(as_json(line, NOON))
+    assert (found["draft_tokens"], found["accepted_tokens"]) == (12, 7)
 
 
 def test_a_line_of_json() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import pytest
 
 from engine.requests.request import Request
 from engine.requests.sequence import Sequence
+from engine.runtime.buckets import BucketTable
+from engine.runtime.speculation import make_speculator
 from engine.sampling_params import SamplingParams
 from engine.speculative.acceptance import AcceptanceRate
 from engine.speculative.ngram import NgramProposer
+from engine.speculative.settings import SpeculativeSettings
 from engine.speculative.speculator import Speculator
 from engine.speculative.times import StepTimes
 
@@ -54,25 +57,6 @@ def test_tokens_come_in_pieces() -> None:
     assert proposer._histories == {}
 
 
-def test_the_host_cost_of_256_sequences() -> None:
-    """A bound with room for a slow machine; what it really takes is printed."""
-    proposer = NgramProposer(2, 5, 5)
-    sequences = [sequence_of([(7 * i + j * j) % 97 for j in range(500)]) for i in range(256)]
-    for sequence in sequences:
-        proposer.extend(sequence)
-    best = float("inf")
-    for step in range(20):
-        for sequence in sequences:
-            sequence.output_token_ids.append(step % 13)
-        started = time.perf_counter()
-        for sequence in sequences:
-            proposer.extend(sequence)
-            proposer.propose(sequence)
-        best = min(best, time.perf_counter() - started)
-    print(f"{best * 1e6:.0f} us a step")
-    assert best < 5e-3
-
-
 def test_rates_forget() -> None:
     rate = AcceptanceRate()
     assert rate.value == 0.5
@@ -99,7 +83,7 @@ class Fixed:
 @pytest.mark.parametrize(("right", "expected"), [(True, True), (False, False)])
 def test_drafts_where_they_pay(right: bool, expected: bool) -> None:
     """The first guess after each token is a trial, whether or not drafts are given."""
-    speculator = Speculator(Fixed((5, 6, 7)), StepTimes({1: 1.0, 8: 1.0}, {1: 1.5, 8: 4.0}))
+    speculator = Speculator(Fixed((5, 6, 7)), StepTimes({1: 1.0, 8: 1.0}, {1: 1.5, 8: 4.0}), 8)
     few, many = [sequence_of([1])], [sequence_of([1]) for _ in range(8)]
     for sequence in (*few, *many):
         speculator.on_tokens(sequence, [1], 0)
@@ -108,12 +92,43 @@ def test_drafts_where_they_pay(right: bool, expected: bool) -> None:
             speculator.on_tokens(sequence, [5 if right else 9], 0)
     assert speculator.pays(few) is expected
     assert speculator.pays(many) is False, "four times as long for four times the tokens at best"
-    assert speculator.pays([sequence_of([1]) for _ in range(9)]) is False, "no shape for so many"
     speculator.give(few)
     assert few[0].draft_token_ids == (5, 6, 7)
+    assert speculator.pays([sequence_of([1]) for _ in range(9)]) is False, "no shape for so many"
     for sequence in (*few, *many):
         speculator.forget(sequence)
     assert speculator._guesses == {}
+
+
+def test_no_drafts_for_more_sequences_than_a_step_may_verify() -> None:
+    """Also where nobody asks whether they pay: a step of 24 tokens holds a token and three drafts of four sequences."""
+    settings = SpeculativeSettings(method="ngram", num_speculative_tokens=3, adaptive=False)
+    program = SimpleNamespace(buckets=BucketTable(24, 8, 3))
+    speculator = make_speculator(settings, SimpleNamespace(program=program))  # type: ignore[arg-type]
+    assert speculator is not None
+    sequences = [sequence_of([1, 2, 3], [1, 2]) for _ in range(5)]
+    for sequence in sequences:
+        speculator.on_tokens(sequence, sequence.output_token_ids, 0)
+    assert speculator.pays(sequences[:4]) and not speculator.pays(sequences)
+
+
+def test_nobody_guesses_where_it_cannot_pay() -> None:
+    """Guesses stop with too many sequences, and go on from all tokens with fewer."""
+    speculator = Speculator(NgramProposer(2, 4, 3), StepTimes({1: 1.0, 8: 1.0}, {1: 1.0, 8: 5.0}, most_drafts=3))
+    one = sequence_of([1, 2, 3, 4, 5], [1])
+    many = [one, *(sequence_of([1]) for _ in range(7))]
+    speculator.on_tokens(one, [1], 0)
+    assert not speculator.pays(many)
+    one.output_token_ids.append(2)
+    speculator.on_tokens(one, [2], 0)
+    speculator.give([one])
+    assert one.draft_token_ids == ()
+    assert not speculator.pays([one]), "it has yet to guess"
+    one.output_token_ids.append(3)
+    speculator.on_tokens(one, [3], 0)
+    assert speculator.pays([one])
+    speculator.give([one])
+    assert one.draft_token_ids == (4, 5, 1)
 
 
 def test_times_follow_what_is_seen() -> None:
@@ -124,3 +139,16 @@ def test_times_follow_what_is_seen() -> None:
     times.observe(4, 1000.0, drafts=False)
     assert times.seconds(4, drafts=False) < 1.3, "a pause of the machine is not believed"
     times.observe(64, 1.0, drafts=False)  # a bucket that nothing is thought of in
+
+
+def test_slow_steps_with_drafts_are_forgotten() -> None:
+    """Twice as long at the start, six times for a while, and then nobody tried."""
+    times = StepTimes({4: 1.0}, {4: 2.0})
+    for _ in range(60):
+        times.observe(4, 6.0, drafts=True)
+    for _ in range(300):
+        times.observe(4, 1.5, drafts=False)
+    assert times.seconds(4, drafts=True) > 5.5, "a moment ago"
+    for _ in range(10_000):
+        times.observe(4, 1.5, drafts=False)
+    assert times.seconds(4, drafts=True) == pytest.approx(3.0, rel=0.05), "twice as long as a step now takes without"

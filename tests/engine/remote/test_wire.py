@@ -125,7 +125,7 @@ def outputs_of_a_request(n: int, logprobs: bool) -> list[RequestOutput]:
         ]
         scores = [None, {2: Logprob(-1.0, 3, "b")}] if logprobs else None
         outputs.append(replace(first, outputs=completions, prompt_logprobs=scores, finished=step == 2))
-    outputs[-1] = replace(outputs[-1], metrics=RequestMetrics(1.0, 1.0, 2.0, 3.0, None, 3, 1))
+    outputs[-1] = replace(outputs[-1], metrics=RequestMetrics(1.0, 1.0, 2.0, 3.0, None, 3, 1, 2, 6, 3, (2, 1, 0)))
     return outputs
 
 
