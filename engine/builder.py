@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from engine.errors import ConfigError, InvalidRequestError
 from engine.input_processor import InputProcessor, ModelLimits
 from engine.output_processor import OutputProcessor
 from engine.runtime.compile import COUNTER, enable_persistent_cache
+from engine.runtime.drafting.build import make_drafter
 from engine.runtime.executables import ModelProgram, compile_program
 from engine.runtime.executor import Executor
 from engine.runtime.limits import RuntimeLimits, resolve_limits
@@ -146,8 +147,11 @@ def _build(config: EngineConfig) -> BuiltEngine:
         loaded = load_weights(config.load, files.path, report)
     loaded_at = time.monotonic()
 
+    draft = None
+    if config.speculative.settings is not None and config.speculative.settings.model is not None:
+        draft = _load_draft(config, environment, loaded)
     native.configure(environment.cache_dir / "native", config.kernels.cpu_compiler)
-    ledger, program = make_program(config, loaded, environment.cache_dir / "xla")
+    ledger, program = make_program(config, loaded, environment.cache_dir / "xla", draft)
     limits = program.limits
     with progress_bar("compiling", show=show) as report, ThreadPoolExecutor(1) as beside:
         grammars = beside.submit(_make_grammars, tokenizer, loaded.config)
@@ -237,11 +241,33 @@ def load_weights(config: ModelLoadConfig, path: Path, report: Report) -> LoadedM
     return loaded
 
 
-def make_program(config: EngineConfig, loaded: LoadedModel, cache_dir: Path) -> tuple[MemoryLedger, ModelProgram]:
+def _load_draft(config: EngineConfig, environment: Environment, loaded: LoadedModel) -> LoadedModel:
+    """The draft model's weights, in the model's dtype.
+
+    Raises:
+        As `load_model`.
+    """
+    settings, show = config.speculative.settings, config.compile.show_progress
+    assert settings is not None and settings.model is not None
+    quantization = settings.quantization or "auto"
+    try:
+        load = replace(config.load, model=settings.model, dtype=loaded.dtype, quantization=quantization, revision=None)
+    except ConfigError as error:
+        raise ConfigError(f"speculative_config: {error}") from error
+    with progress_bar("fetching the draft model", show=show) as report:
+        files = resolve_model(load.model, fetch_options(load, environment, report))
+    with progress_bar("loading the draft model", show=show) as report:
+        return load_weights(load, files.path, report)
+
+
+def make_program(
+    config: EngineConfig, loaded: LoadedModel, cache_dir: Path, draft: LoadedModel | None = None
+) -> tuple[MemoryLedger, ModelProgram]:
     """What the executables of a loaded model are made from, with as many KV blocks as fit.
 
     Args:
         cache_dir: of compiled executables, unless the config names another.
+        draft: a smaller model that guesses.
 
     Raises:
         ConfigError: settings contradict the model or each other.
@@ -257,22 +283,23 @@ def make_program(config: EngineConfig, loaded: LoadedModel, cache_dir: Path) -> 
     dtype = loaded.dtype
     limits = resolve_limits(config, loaded.config, dtype, loaded.kv_cache_dtype)
     enable_persistent_cache(config.compile, cache_dir)
-    ledger, program = _size(config, loaded.config, loaded.params, limits)
+    program = ModelProgram.of(loaded.config, limits, 2, config.kernels)
+    drafter = make_drafter(config.speculative.settings, program, loaded.params, draft)
+    ledger, program = _size(config, replace(program, drafter=drafter), loaded.params)
     logger.info("memory: %s", ledger)
     return ledger, program
 
 
-def _size(
-    config: EngineConfig, model: ModelConfig, params: Params, limits: RuntimeLimits
-) -> tuple[MemoryLedger, ModelProgram]:
+def _size(config: EngineConfig, smallest: ModelProgram, params: Params) -> tuple[MemoryLedger, ModelProgram]:
     """Choose the number of KV blocks: guess, compile the largest bucket, ask XLA what it takes, correct the guess.
 
     Raises:
         OutOfMemoryError: not even one request of `max_model_len` fits.
     """
-    smallest = ModelProgram.of(model, limits, 2, config.kernels)
+    limits, drafter = smallest.limits, smallest.drafter
     useful = limits.max_num_seqs * limits.max_blocks_per_seq
     weights = sum(array.on_device_size_in_bytes() for array in jax.tree.leaves(params))
+    weights += 0 if drafter is None else drafter.extra_bytes
 
     def ledger_for(temporaries: int) -> MemoryLedger:
         return plan_blocks(
@@ -281,7 +308,7 @@ def _size(
             weights=weights,
             temporaries=temporaries,
             state=smallest.state_bytes,
-            block=smallest.cache.page_bytes * model.num_layers,
+            block=smallest.block_bytes,
             useful_blocks=useful,
         )
 

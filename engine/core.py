@@ -30,13 +30,12 @@ from engine.output_processor import OutputProcessor, RequestRecord, stamp
 from engine.outputs import RequestOutput
 from engine.requests.request import Request
 from engine.requests.sequence import FinishReason, Sequence, SequenceStatus
-from engine.runtime.buckets import Bucket
-from engine.runtime.executor import Executor, InFlightStep, StepResult
+from engine.runtime.executor import Executor, InFlightStep, StartedStep, StepResult
 from engine.runtime.pooling import PooledPart
-from engine.scheduling.plan import StepPlan
+from engine.scheduling.plan import ScheduledSequence, StepPlan
 from engine.scheduling.results import CommittedToken
 from engine.scheduling.scheduler import Scheduler
-from engine.speculative.speculator import Speculator
+from engine.speculative.protocol import AnySpeculator
 from engine.structured.compiler import GrammarCompiler
 from engine.structured.masks import DeadEnd, MaskedRow, MaskFiller
 from engine.structured.matcher import MatcherState
@@ -68,7 +67,7 @@ class EngineCore:
         outputs: OutputProcessor,
         options: CoreOptions,
         grammars: GrammarCompiler | None = None,
-        speculator: Speculator | None = None,
+        speculator: AnySpeculator | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -153,9 +152,9 @@ class EngineCore:
             self._collect_oldest()
         return self._drain()
 
-    def _draft(self, speculator: Speculator) -> None:
-        """Give drafts to the sequences of the next step, if that pays. Guesses are made from all tokens before them, so
-        a step in flight is read first: that is the price of a step with drafts, and part of its time.
+    def _draft(self, speculator: AnySpeculator) -> None:
+        """Give drafts to the sequences of the next step, if that pays. The host makes guesses from all tokens before
+        them, so a step in flight is read first: that is the price of a step with drafts, and part of its time.
         """
         scheduler = self.scheduler
         if scheduler.may_admit or not speculator.wakes(scheduler.num_running):
@@ -163,11 +162,13 @@ class EngineCore:
         decoding = [sequence for sequence in scheduler.running if sequence.wants_tokens]
         if not decoding or any(sequence.num_uncomputed > 1 for sequence in decoding) or not speculator.pays(decoding):
             return
-        while self._in_flight:
-            self._collect_oldest()
-        decoding = [sequence for sequence in scheduler.running if sequence.wants_tokens]
-        if decoding and speculator.pays(decoding):
-            speculator.give(decoding)
+        if speculator.must_read(decoding):
+            while self._in_flight:
+                self._collect_oldest()
+            decoding = [sequence for sequence in scheduler.running if sequence.wants_tokens]
+            if not decoding or not speculator.pays(decoding):
+                return
+        speculator.give(decoding)
 
     def _dispatch_next(self) -> None:
         self._dispatched = False
@@ -211,18 +212,22 @@ class EngineCore:
             self._collect_oldest()
         if self.stats.num_failed_steps > failed_before:
             return None
-        return self.executor.sample(started, self._make_mask(plan, started.bucket))
+        return self.executor.sample(started, self._make_mask(plan, started))
 
-    def _make_mask(self, plan: StepPlan, bucket: Bucket) -> np.ndarray | None:
+    def _make_mask(self, plan: StepPlan, started: StartedStep) -> np.ndarray | None:
         """int32[S * L, W] of rows that follow a grammar; None if all have ended. Ends those for which nothing is left.
 
         Args:
             plan: the step.
-            bucket: with L rows of logits of each sequence.
+            started: with L rows of logits of each sequence.
         """
         assert self._masks is not None
+        bucket, made = started.bucket, started.draft_ids
+        ids = None if made is None else np.asarray(made).tolist()
         rows = [
-            MaskedRow(index * bucket.num_logits, item.sequence.matcher, item.sequence.request, item.drafts)
+            MaskedRow(
+                index * bucket.num_logits, item.sequence.matcher, item.sequence.request, drafts_of(item, index, ids)
+            )
             for index, item in enumerate(plan.items)
             if item.samples and item.sequence.matcher is not None and not item.sequence.finished
         ]
@@ -322,7 +327,7 @@ class EngineCore:
         if self._speculator is not None:
             self._note_tokens(self._speculator, result)
 
-    def _note_tokens(self, speculator: Speculator, result: StepResult) -> None:
+    def _note_tokens(self, speculator: AnySpeculator, result: StepResult) -> None:
         for item, tokens in zip(result.plan.items, result.tokens, strict=True):
             sequence = item.sequence
             # One that lost its row, or is being pooled, drafts nothing.
@@ -376,6 +381,15 @@ class EngineCore:
                 self.stats.on_finish(record.sequences)
         self._touched.clear()
         return ready
+
+
+def drafts_of(item: ScheduledSequence, index: int, ids: list[list[int]] | None) -> tuple[int, ...]:
+    """The drafts of the item at `index` of a plan.
+
+    Args:
+        ids: [S][K] that the device made itself.
+    """
+    return item.drafts if ids is None else tuple(ids[index][: len(item.drafts)])
 
 
 def describe_plan(plan: StepPlan) -> str:

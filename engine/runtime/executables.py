@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial, update_wrapper
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from engine.config import CompileConfig, KernelConfig
 from engine.runtime.buckets import Bucket, BucketTable
-from engine.runtime.compile import compile_all
+from engine.runtime.compile import compile_all, lower, shapes_of
 from engine.runtime.device_state import ForwardState, SampleState, make_forward_state, make_sample_state
+from engine.runtime.drafting.drafter import DeviceDrafter, JobShapes
+from engine.runtime.drafting.steps import draft_step, observe_step
 from engine.runtime.limits import RuntimeLimits
 from engine.runtime.packing import UPDATE_WIDTH, StepLayout
 from engine.runtime.pooling import POOL_ROWS, pool_rows
@@ -42,27 +44,19 @@ STATE = ("state",)
 Compiled = Callable[..., Any]
 
 
-def _lower(jitted: Any, *args: Any, donate: tuple[str, ...] = (), **static: Any) -> Any:
-    """Trace and lower a jitted function under a function object of its own.
-
-    JAX's caches keep an executable for as long as the function that it was compiled from lives: under the function of
-    the module that is for ever, and on a CPU each takes some fifty memory mappings, of which Linux grants a process
-    65,530. This one goes with its engine.
-
-    Args:
-        jitted: by `jax.jit`.
-        args: shapes and dtypes.
-        donate: names of arguments, as `jitted` has them.
-        static: arguments that are fixed.
-    """
-    function = jitted.__wrapped__
-    alone = update_wrapper(partial(function, **static), function)
-    del alone.__wrapped__  # its signature is without the static arguments
-    return jax.jit(alone, donate_argnames=donate).lower(*args)
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+def structure_of(config: ModelConfig, limits: RuntimeLimits, kernels: KernelConfig) -> FunctionalModel[Decoder]:
+    """A decoder's structure: what it is, and what runs its attention and its products."""
+    problem = AttentionProblem(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        page_size=limits.block_size,
+        dtype=limits.dtype,
+        kv_dtype=limits.kv_dtype,
+        implementation=kernels.attention_implementation,
+    )
+    build = partial(Decoder, config, problem, dtype=limits.dtype, matmul=kernels.matmul_implementation)
+    return FunctionalModel(build)
 
 
 @dataclass(frozen=True)
@@ -74,12 +68,16 @@ class ModelProgram:
         config: of the decoder.
         limits: sizes.
         cache: pages of one layer.
+        kernels: implementations.
+        drafter: makes guesses on the device, if anything does.
     """
 
     model: FunctionalModel[Decoder]
     config: ModelConfig
     limits: RuntimeLimits
     cache: KVLayout
+    kernels: KernelConfig = DEFAULT_KERNELS
+    drafter: DeviceDrafter | None = None
 
     @classmethod
     def of(
@@ -91,19 +89,8 @@ class ModelProgram:
             num_pages: KV blocks, the null block included.
             kernels: implementations.
         """
-        problem = AttentionProblem(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            page_size=limits.block_size,
-            dtype=limits.dtype,
-            kv_dtype=limits.kv_dtype,
-            implementation=kernels.attention_implementation,
-        )
         cache = KVLayout(num_pages, config.num_kv_heads, limits.block_size, config.head_dim, limits.kv_dtype)
-        matmul = kernels.matmul_implementation
-        build = partial(Decoder, config, problem, dtype=limits.dtype, matmul=matmul)
-        return cls(FunctionalModel(build), config, limits, cache)
+        return cls(structure_of(config, limits, kernels), config, limits, cache, kernels)
 
     def with_pages(self, num_pages: int) -> ModelProgram:
         """The same with another number of KV blocks."""
@@ -123,6 +110,17 @@ class ModelProgram:
         forward_state = jax.eval_shape(lambda: make_forward_state(self.cache, self.config.num_layers, rows, blocks))
         sampler = jax.eval_shape(lambda: make_state(rows, self.config.vocab_size, len(self.config.eos_token_ids)))
         return forward_state, jax.eval_shape(lambda s: make_sample_state(rows, s), sampler)
+
+    def make_draft_state(self) -> Any:
+        """Fresh state of the drafter; () without one."""
+        return () if self.drafter is None else self.drafter.make_state(self.cache.num_pages, self.limits.max_num_seqs)
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one KV block, all layers, the drafter's included."""
+        return self.cache.page_bytes * self.config.num_layers + (
+            0 if self.drafter is None else self.drafter.block_bytes
+        )
 
     @property
     def state_bytes(self) -> int:
@@ -145,28 +143,83 @@ class ModelProgram:
         state, sample_state = self.state_shapes()
         layout = self.layout(bucket)
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        shapes = (_shapes(params), state, sample_state.rows, packed)
-        return _lower(forward, *shapes, donate=STATE, model=self.model, layout=layout)
+        shapes = (shapes_of(params), state, sample_state.rows, packed, self._draft_ids(bucket))
+        return lower(forward, *shapes, donate=STATE, model=self.model, layout=layout)
 
     def lower_sample(self, num_seqs: int, variant: SamplerVariant) -> Any:
         """Trace and lower the sampling of so many sequences."""
         _, state = self.state_shapes()
         logits = jax.ShapeDtypeStruct((num_seqs, self.config.vocab_size), jnp.float32)
         sampling = jax.ShapeDtypeStruct((num_seqs, WIDTH), jnp.int32)
-        return _lower(sample_step, logits, sampling, state, donate=STATE, variant=variant)
+        return lower(sample_step, logits, sampling, state, donate=STATE, variant=variant)
 
     def lower_verify(self, bucket: Bucket, variant: SamplerVariant) -> Any:
         """Trace and lower the verification of a bucket's drafts."""
         _, state = self.state_shapes()
         logits = jax.ShapeDtypeStruct((bucket.num_logit_rows, self.config.vocab_size), jnp.float32)
         sampling = jax.ShapeDtypeStruct((bucket.num_seqs, WIDTH + bucket.num_logits), jnp.int32)
-        return _lower(verify_step, logits, sampling, state, donate=STATE, variant=variant)
+        return lower(verify_step, logits, sampling, state, donate=STATE, variant=variant)
+
+    def _draft_ids(self, bucket: Bucket) -> jax.ShapeDtypeStruct | None:
+        if self.drafter is None or bucket.num_logits == 1:
+            return None
+        return jax.ShapeDtypeStruct((bucket.num_seqs, bucket.num_logits - 1), jnp.int32)
+
+    def lower_draft(self, bucket: Bucket, variant: SamplerVariant) -> Any:
+        """Trace and lower the drafts of a verify bucket."""
+        assert self.drafter is not None
+        state, sample_state = self.state_shapes()
+        layout = self.layout(bucket)
+        packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+        shapes = (shapes_of(self.drafter.weights), state, self._draft_state_shapes, sample_state.rows, packed)
+        donate = ("state", "draft_state")
+        return lower(draft_step, *shapes, donate=donate, drafter=self.drafter, layout=layout, variant=variant)
+
+    def lower_observe(self, bucket: Bucket) -> Any:
+        """Trace and lower what the drafter notes of a bucket's step."""
+        assert self.drafter is not None
+        state, sample_state = self.state_shapes()
+        layout = self.layout(bucket)
+        packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+        hidden = jax.ShapeDtypeStruct((bucket.num_tokens, self.config.hidden_size), self.limits.dtype)
+        shapes = (
+            shapes_of(self.drafter.weights),
+            self._draft_state_shapes,
+            state.block_tables,
+            sample_state.rows,
+            packed,
+            self._draft_ids(bucket),
+            hidden,
+        )
+        return lower(observe_step, *shapes, donate=("draft_state",), drafter=self.drafter, layout=layout)
+
+    @property
+    def _draft_state_shapes(self) -> Any:
+        return jax.eval_shape(self.make_draft_state)
+
+    def draft_jobs(self) -> list[tuple[Any, str, Callable[[], Any]]]:
+        """What the drafter needs: (key, name, function that lowers)."""
+        drafter = self.drafter
+        if drafter is None:
+            return []
+        state, sample_state = self.state_shapes()
+        shapes = JobShapes(self._draft_state_shapes, state.block_tables, sample_state.rows, self.buckets, self.layout)
+        jobs = list(drafter.jobs(shapes))
+        for bucket in self.buckets.verify():
+            for variant in (SamplerVariant.GREEDY, SamplerVariant.RANDOM):
+                name = f"{variant.name.lower()} drafts of {bucket.num_seqs} sequences"
+                jobs.append((("draft", bucket, variant), name, partial(self.lower_draft, bucket, variant)))
+        if drafter.observes:
+            for bucket in self.buckets.all():
+                name = f"notes of {bucket.num_tokens} tokens of {bucket.num_seqs} sequences"
+                jobs.append((("observe", bucket), name, partial(self.lower_observe, bucket)))
+        return jobs
 
     def lower_mask(self, num_rows: int) -> Any:
         """Trace and lower the grammar mask of so many rows of logits."""
         logits = jax.ShapeDtypeStruct((num_rows, self.config.vocab_size), jnp.float32)
         mask = jax.ShapeDtypeStruct((num_rows, mask_width(self.config.vocab_size)), jnp.int32)
-        return _lower(mask_logits, logits, mask, donate=("logits",))
+        return lower(mask_logits, logits, mask, donate=("logits",))
 
     @property
     def largest(self) -> Bucket:
@@ -184,8 +237,21 @@ class Executables:
         return len(self._compiled)
 
     def forward(self, bucket: Bucket) -> Compiled:
-        """(params, state, known, packed) -> (hidden, logits, sampling, state)."""
+        """(params, state, known, packed, draft_ids) -> (hidden, logits, sampling, state)."""
         return self._compiled["forward", bucket]
+
+    def draft(self, bucket: Bucket, variant: SamplerVariant) -> Compiled:
+        """(weights, state, draft_state, known, packed) -> (draft_ids, state, draft_state)."""
+        least = SamplerVariant.GREEDY if variant is SamplerVariant.GREEDY else SamplerVariant.RANDOM
+        return self._compiled["draft", bucket, least]
+
+    def observe(self, bucket: Bucket) -> Compiled:
+        """(weights, draft_state, block_tables, known, packed, draft_ids, hidden) -> draft_state."""
+        return self._compiled["observe", bucket]
+
+    def of_drafter(self, key: Any) -> Compiled:
+        """One of `DeviceDrafter.jobs`."""
+        return self._compiled[key]
 
     def sample(self, num_seqs: int, variant: SamplerVariant) -> Compiled:
         """(logits, sampling, state) -> (sampled, state)."""
@@ -224,8 +290,8 @@ def compile_program(program: ModelProgram, params: Params, config: CompileConfig
 
     jobs: list[tuple[Any, str, Compiled]] = []
 
-    def job(key: Any, name: str, lower: Callable[[], Any]) -> None:
-        jobs.append((key, name, lambda: lower().compile()))
+    def job(key: Any, name: str, lowered: Callable[[], Any]) -> None:
+        jobs.append((key, name, lambda: lowered().compile()))
 
     for bucket in buckets.all():
         name = f"forward, {bucket.num_tokens} tokens of {bucket.num_seqs} sequences"
@@ -238,15 +304,17 @@ def compile_program(program: ModelProgram, params: Params, config: CompileConfig
         for variant in SamplerVariant:
             name = f"{variant.name.lower()} verification of {bucket.num_seqs} sequences"
             job(("verify", bucket, variant), name, partial(program.lower_verify, bucket, variant))
+    for key, name, lowered in program.draft_jobs():
+        job(key, name, lowered)
     for rows in sorted({b.num_logit_rows for b in buckets.all()}):
         job(("mask", rows), f"grammar masks of {rows} rows", partial(program.lower_mask, rows))
     hidden = array((PROMPT_LOGPROB_ROWS, program.config.hidden_size), program.limits.dtype)
     targets = array((PROMPT_LOGPROB_ROWS,), jnp.int32)
-    job("score", "prompt scores", partial(_lower, score_prompt, _shapes(params), hidden, targets, model=program.model))
+    job("score", "prompt scores", partial(lower, score_prompt, shapes_of(params), hidden, targets, model=program.model))
     ranges = array((POOL_ROWS, 2), jnp.int32)
     for tokens in sorted({b.num_tokens for b in buckets.all()}):
         states = array((tokens, program.config.hidden_size), program.limits.dtype)
-        job(("pool", tokens), f"pooling of {tokens} tokens", partial(_lower, pool_rows, states, ranges))
+        job(("pool", tokens), f"pooling of {tokens} tokens", partial(lower, pool_rows, states, ranges))
     updates = array((TABLE_UPDATES, UPDATE_WIDTH), jnp.int32)
-    job("update_tables", "block table updates", partial(_lower, update_tables, forward_state, updates, donate=STATE))
+    job("update_tables", "block table updates", partial(lower, update_tables, forward_state, updates, donate=STATE))
     return Executables(compile_all(jobs, config, report))

@@ -16,6 +16,7 @@ import numpy as np
 from engine.requests.sequence import Sequence
 from engine.runtime.buckets import Bucket
 from engine.runtime.device_state import SampleState
+from engine.runtime.drafting.drafter import DeviceView
 from engine.runtime.executables import TABLE_UPDATES, Executables, ModelProgram
 from engine.runtime.packing import UPDATE_WIDTH, block_updates, pack_step
 from engine.runtime.pooling import PooledGroup, PooledPart, pool_step
@@ -65,6 +66,7 @@ class StartedStep(NamedTuple):
         logits: float32[S * L, V], of each sequence's last token, and in verify buckets of its drafts.
         hidden: [T, E] after the final norm.
         sampling: int32[S, W], sampling parameters; in verify buckets with drafts behind them.
+        draft_ids: int32[S, K] that the device guessed itself.
     """
 
     plan: StepPlan
@@ -73,6 +75,7 @@ class StartedStep(NamedTuple):
     logits: jax.Array
     hidden: jax.Array
     sampling: jax.Array
+    draft_ids: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -140,13 +143,18 @@ class Executor:
         self._run = executables
         self._row_params = np.zeros((program.limits.max_num_seqs + 1, WIDTH), np.int32)  # per row of the device state
         self._row_params[-1] = padding_params()
+        self._drafter = program.drafter
         self._forward_state, self._sample_state = program.make_state()
+        self._draft_state = program.make_draft_state()
 
     def reset_state(self) -> None:
         """Make the device state anew, after a step raised and may have lost it. KV blocks and rows start empty."""
         # Free the old state first: two caches may not fit.
-        jax.tree.map(lambda array: array.delete(), (self._forward_state, self._sample_state))
+        jax.tree.map(lambda array: array.delete(), (self._forward_state, self._sample_state, self._draft_state))
         self._forward_state, self._sample_state = self.program.make_state()
+        if self._drafter is not None:
+            self._drafter.forget_all()
+            self._draft_state = self.program.make_draft_state()
 
     def dispatch(self, plan: StepPlan) -> InFlightStep:
         """Start one step and return at once."""
@@ -165,10 +173,37 @@ class Executor:
             self._update_tables(overflow[start : start + TABLE_UPDATES])
         sampling_rows = self._sampling_rows(plan, bucket.num_seqs)
         packed = pack_step(plan, layout, updates, sampling_rows)
+        variant = choose_variant(sampling_rows)
+        if self._drafter is not None:
+            self._prepare_drafts(plan)
+        started = self._forward(plan, bucket, variant, packed)
+        if started.draft_ids is not None and any(item.sequence.matcher is not None for item in plan.items):
+            started.draft_ids.copy_to_host_async()  # a grammar must see them
+        return started
+
+    def _prepare_drafts(self, plan: StepPlan) -> None:
+        assert self._drafter is not None
+        program = self.program
+        tables, known = self._forward_state.block_tables, self._sample_state.rows
+        device = DeviceView(tables, known, program.buckets, program.layout, self._run.of_drafter)
+        self._draft_state = self._drafter.prepare(plan, self._draft_state, device)
+
+    def _forward(self, plan: StepPlan, bucket: Bucket, variant: SamplerVariant, packed: np.ndarray) -> StartedStep:
+        """Drafts, if the device makes them, then the forward pass."""
+        drafter, known, draft_ids = self._drafter, self._sample_state.rows, None
+        if drafter is not None and bucket.num_logits > 1:
+            draft_ids, self._forward_state, self._draft_state = self._run.draft(bucket, variant)(
+                drafter.weights, self._forward_state, self._draft_state, known, packed
+            )
         hidden, logits, sampling, self._forward_state = self._run.forward(bucket)(
-            self._params, self._forward_state, self._sample_state.rows, packed
+            self._params, self._forward_state, known, packed, draft_ids
         )
-        return StartedStep(plan, bucket, choose_variant(sampling_rows), logits, hidden, sampling)
+        if drafter is not None and drafter.observes:
+            tables = self._forward_state.block_tables
+            self._draft_state = self._run.observe(bucket)(
+                drafter.weights, self._draft_state, tables, known, packed, draft_ids, hidden
+            )
+        return StartedStep(plan, bucket, variant, logits, hidden, sampling, draft_ids)
 
     def sample(self, started: StartedStep, mask: np.ndarray | None = None) -> InFlightStep:
         """Start the sampling of a step and return at once.
@@ -211,12 +246,12 @@ class Executor:
         views["num_seqs"][0] = bucket.num_seqs
         views["query_start"][:] = np.arange(bucket.num_seqs + 1) * rows
         views["context_lens"][:] = rows
-        _, logits, block, self._forward_state = self._run.forward(bucket)(
-            self._params, self._forward_state, self._sample_state.rows, packed
-        )
         many = bucket.num_logits > 1
+        if many:
+            views["num_drafts"][:] = bucket.num_logits - 1
+        started = self._forward(StepPlan(-1, ()), bucket, variant, packed)
         sample = self._run.verify(bucket, variant) if many else self._run.sample(bucket.num_seqs, variant)
-        sampled, self._sample_state = sample(logits, block, self._sample_state)
+        sampled, self._sample_state = sample(started.logits, started.sampling, self._sample_state)
         return sampled
 
     def collect(self, step: InFlightStep) -> StepResult:

@@ -5,8 +5,8 @@ depends on the bucket alone, so the device unpacks it with static slices.
 
     num_seqs | tokens[T] | query_start[S+1] | context_lens[S] | rows[S] | sampling[S, W] | updates[U, 3] | num_drafts[S]
 
-Token -1 means: the token that this row's sequence sampled last, which only the device knows yet. A context length below
-0 means that the device alone knows how many tokens the sequence has: -1 - d is as many as it has and d drafts.
+Token -1 means: the token that this row's sequence sampled last, which only the device knows yet; -2 a draft that the
+device made itself. A context length below 0 means that the device alone knows how many tokens the sequence has: -1 - d is as many as it has and d drafts.
 `updates` are new entries of the block tables, (row, index, block); row R, one past the last, is where padding goes.
 `num_drafts` is there in verify buckets only.
 """
@@ -24,7 +24,7 @@ import numpy as np
 from engine.runtime.buckets import Bucket
 from engine.runtime.device_state import RowTokens
 from engine.runtime.sampling.inputs import WIDTH, Column, with_drafts
-from engine.scheduling.plan import ScheduledSequence, StepPlan
+from engine.scheduling.plan import FROM_DRAFT, ScheduledSequence, StepPlan
 from pallas_kernels.ragged import RaggedBatch, token_positions, token_sequences
 
 FROM_DEVICE = -1
@@ -106,7 +106,25 @@ class TokenRows:
     batch: RaggedBatch
 
 
-def token_rows(fields: dict[str, jax.Array], block_tables: jax.Array, known: RowTokens, num_logits: int) -> TokenRows:
+def context_lengths(fields: dict[str, jax.Array], known: RowTokens) -> jax.Array:
+    """int32[S], tokens of each sequence at the end of the step, its drafts included."""
+    context = fields["context_lens"]
+    return jnp.where(context < 0, known.num_known[fields["rows"]] - 1 - context, context)
+
+
+def updated_tables(fields: dict[str, jax.Array], block_tables: jax.Array) -> jax.Array:
+    """The block tables with a step's new entries."""
+    updates = fields["updates"]
+    return block_tables.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="promise_in_bounds")
+
+
+def token_rows(
+    fields: dict[str, jax.Array],
+    block_tables: jax.Array,
+    known: RowTokens,
+    num_logits: int,
+    draft_ids: jax.Array | None = None,
+) -> TokenRows:
     """Positions, token ids, the ragged batch and what sampling needs of one step.
 
     Args:
@@ -114,15 +132,21 @@ def token_rows(fields: dict[str, jax.Array], block_tables: jax.Array, known: Row
         block_tables: int32[R+1, B], this step's updates included.
         known: what each row knows of its sequence.
         num_logits: rows of logits of each sequence.
+        draft_ids: int32[S, K], what the device guessed itself.
     """
-    rows, num_tokens, context = fields["rows"], fields["tokens"].shape[0], fields["context_lens"]
-    context = jnp.where(context < 0, known.num_known[rows] - 1 - context, context)
+    rows, num_tokens, context = fields["rows"], fields["tokens"].shape[0], context_lengths(fields, known)
     batch = RaggedBatch(fields["query_start"], context, block_tables[rows], fields["num_seqs"][0])
     tokens = fields["tokens"]
-    tokens = jnp.where(tokens == FROM_DEVICE, known.last_token[rows[token_sequences(batch, num_tokens)]], tokens)
+    owner = token_sequences(batch, num_tokens)
+    tokens = jnp.where(tokens == FROM_DEVICE, known.last_token[rows[owner]], tokens)
     last_rows = jnp.maximum(fields["query_start"][1:] - 1, 0)
     num_drafts = fields["num_drafts"] if num_logits > 1 else jnp.zeros_like(context)
     sampling = fields["sampling"].at[:, Column.POSITION].set(context - num_drafts)
+    if draft_ids is not None:
+        first_draft = fields["query_start"][1:] - num_drafts
+        place = jnp.arange(num_tokens, dtype=jnp.int32) - first_draft[owner]
+        made = draft_ids[owner, jnp.clip(place, 0, draft_ids.shape[1] - 1)]
+        tokens = jnp.where(tokens == FROM_DRAFT, made, tokens)
     if num_logits > 1:
         # A sequence's row before its drafts, then one for each draft; of those that it has not, any will do.
         last_rows = (last_rows - num_drafts)[:, None] + jnp.arange(num_logits, dtype=jnp.int32)

@@ -9,8 +9,10 @@ import numpy as np
 
 from engine.runtime.buckets import Bucket
 from engine.runtime.executor import Executor
+from engine.speculative.device import DeviceSpeculator
 from engine.speculative.ngram import NgramProposer
 from engine.speculative.proposer import Proposer
+from engine.speculative.protocol import AnySpeculator
 from engine.speculative.settings import SpeculativeSettings
 from engine.speculative.speculator import Speculator
 from engine.speculative.suffix import SuffixOptions, SuffixProposer
@@ -19,12 +21,16 @@ from engine.speculative.times import StepTimes
 REPETITIONS = 3
 
 
-def make_speculator(settings: SpeculativeSettings | None, executor: Executor) -> Speculator | None:
+def make_speculator(settings: SpeculativeSettings | None, executor: Executor) -> AnySpeculator | None:
     """What guesses and decides, as the settings say; None without settings."""
     if settings is None:
         return None
     times = measure_step_times(executor) if settings.adaptive else None
     most_seqs = max(bucket.num_seqs for bucket in executor.program.buckets.verify())
+    drafter = executor.program.drafter
+    if drafter is not None:
+        num_drafts = settings.num_speculative_tokens
+        return DeviceSpeculator(num_drafts, times, most_seqs, drafter.lags, drafter.forget)
     return Speculator(make_proposer(settings), times, most_seqs)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from engine.runtime.device_state import ForwardState, RowTokens, SampleState
-from engine.runtime.packing import StepLayout, token_rows
+from engine.runtime.packing import StepLayout, token_rows, updated_tables
 from engine.runtime.sampling import (
     LogprobArrays,
     SampledTokens,
@@ -37,6 +37,7 @@ def forward(
     state: ForwardState,
     known: RowTokens,
     packed: jax.Array,
+    draft_ids: jax.Array | None,
     *,
     model: FunctionalModel[Decoder],
     layout: StepLayout,
@@ -48,15 +49,15 @@ def forward(
         state: donated.
         known: last tokens and lengths of the rows.
         packed: int32[layout.size].
+        draft_ids: int32[S, K] in verify buckets, if the device guesses itself.
 
     Returns:
         hidden [T, E] after the final norm; logits float32[S * L, V] of each sequence's last L token rows
         (`Bucket.num_logits`); sampling parameters int32[S, W], with drafts behind them if L > 1; the advanced state.
     """
     fields = layout.unpack(packed)
-    updates = fields["updates"]
-    tables = state.block_tables.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="promise_in_bounds")
-    rows = token_rows(fields, tables, known, layout.bucket.num_logits)
+    tables = updated_tables(fields, state.block_tables)
+    rows = token_rows(fields, tables, known, layout.bucket.num_logits, draft_ids)
     bound = model.bind(params)
     hidden, cache = bound(ForwardInputs(rows.token_ids, rows.positions, rows.logit_rows, rows.batch), state.cache)
     logits = bound.logits(hidden[rows.logit_rows])

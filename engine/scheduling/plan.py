@@ -8,6 +8,7 @@ from typing import NamedTuple
 from engine.requests.sequence import Sequence
 
 MOST_DRAFTS = 32  # of one sequence in a step
+FROM_DRAFT = -2  # in the place of a draft that only the device knows
 
 
 class ScheduledSequence(NamedTuple):
@@ -23,7 +24,8 @@ class ScheduledSequence(NamedTuple):
         first_new_block: index into the block table of the first entry that the device has not been told yet.
         starts_row: True if the sequence takes over its row in this step (admission or return after preemption).
         drafts: guesses of the tokens that follow the known ones. They are the last that are computed, and the step
-            verifies them: it samples after each, and keeps as many as were guessed right.
+            verifies them: it samples after each, and keeps as many as were guessed right. `FROM_DRAFT` stands for those
+            that the device makes itself when the step begins.
         is_relative: True if a step in flight verifies drafts of the sequence: only the device knows how many were
             right. `start` and all counts of the sequence then are what they would be if all were.
     """

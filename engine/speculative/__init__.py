@@ -8,6 +8,8 @@
     suffix.py       what followed most often, in the sequence and in outputs of the past
     acceptance.py   how often the guesses of a sequence are right
     times.py        how long steps take with and without drafts
+    protocol.py     what the loop asks of whoever decides
+    device.py       whether drafts that the device makes itself pay (engine/runtime/drafting/)
     speculator.py   which sequences get drafts in the next step, if any
 
 Drafts are known-but-unverified tokens of the one scheduling loop (`engine/scheduling/drafts.py`); the device samples

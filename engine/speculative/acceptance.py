@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 DECAY = 0.9  # of what was seen, at each new observation: some ten of them count
-PRIOR_RIGHT, PRIOR_TRIALS = 1.0, 2.0
+PRIOR_TRIALS = 2.0  # that the first belief is worth
 
 
 class AcceptanceRate:
     """The chance that a draft is right, given that those before it were.
 
     A draft that is verified is a trial, up to and including the first that is wrong.
+
+    Args:
+        prior: what is believed before the first.
     """
 
     __slots__ = ("_right", "_trials")
 
-    def __init__(self) -> None:
-        self._right, self._trials = PRIOR_RIGHT, PRIOR_TRIALS
+    def __init__(self, prior: float = 0.5) -> None:
+        self._right, self._trials = prior * PRIOR_TRIALS, PRIOR_TRIALS
 
     @property
     def value(self) -> float:

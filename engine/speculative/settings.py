@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 from engine.errors import ConfigError
@@ -19,8 +20,11 @@ KEYS_OF = {
         "suffix_decoding_max_spec_factor",
         "suffix_decoding_min_token_prob",
     ),
+    "layer_skip": ("layers",),
+    "draft_model": ("model", "quantization"),
 }
 METHODS = tuple(KEYS_OF)
+ON_DEVICE = ("layer_skip", "draft_model")
 MOST_DEPTH = 256
 MOST_CACHED_REQUESTS = 1_000_000
 
@@ -37,6 +41,9 @@ class SpeculativeSettings:
         suffix_decoding_max_cached_requests: outputs of the past that are kept to guess from; 0 = none ("suffix").
         suffix_decoding_max_spec_factor: most drafts for each token that matches ("suffix").
         suffix_decoding_min_token_prob: estimated probability below which a draft is not worth it ("suffix").
+        layers: of the model that draft: their indices, or how many of the first ("layer_skip").
+        model: directory, file or hub id of the draft model ("draft_model").
+        quantization: of the draft model's weights while they are loaded ("draft_model").
         adaptive: draft only where it pays by the measured times and rates; False = wherever there is a guess.
     """
 
@@ -48,6 +55,9 @@ class SpeculativeSettings:
     suffix_decoding_max_cached_requests: int = 10_000
     suffix_decoding_max_spec_factor: float = 1.0
     suffix_decoding_min_token_prob: float = 0.1
+    layers: int | tuple[int, ...] | None = None
+    model: str | None = None
+    quantization: str | None = None
     adaptive: bool = True
 
     def __post_init__(self) -> None:
@@ -61,6 +71,13 @@ class SpeculativeSettings:
         )
         _check_number("suffix_decoding_max_spec_factor", self.suffix_decoding_max_spec_factor, 0.5, MOST_DRAFTS)
         _check_number("suffix_decoding_min_token_prob", self.suffix_decoding_min_token_prob, 0, 1)
+        _check((self.layers is not None) == (self.method == "layer_skip"), "layers is missing.")
+        _check((self.model is not None) == (self.method == "draft_model"), "model is missing.")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _layers(self.layers))
+        for name in ("model", "quantization"):
+            value = getattr(self, name)
+            _check(value is None or (isinstance(value, str) and value != ""), f"{name} must be a text, got {value!r}.")
         _check(isinstance(self.adaptive, bool), f"adaptive must be true or false, got {self.adaptive!r}.")
 
 
@@ -81,11 +98,21 @@ def parse_speculative(text: str) -> SpeculativeSettings:
     _check(not unknown, f"{', '.join(unknown)} is not known; known are {', '.join(known)}.")
     for name in ("method", "num_speculative_tokens"):
         _check(name in found, f"{name} is missing.")
-    settings = SpeculativeSettings(**{str(name): value for name, value in found.items()})
-    for method, keys in KEYS_OF.items():
-        foreign = sorted(set(found) & set(keys))
-        _check(method == settings.method or not foreign, f"{', '.join(foreign)} is of method {method!r} only.")
-    return settings
+    if found["method"] in KEYS_OF:
+        for method, keys in KEYS_OF.items():
+            foreign = sorted(set(found) & set(keys) - set(KEYS_OF[found["method"]]))
+            _check(not foreign, f"{', '.join(foreign)} is of method {method!r} only.")
+    return SpeculativeSettings(**{str(name): value for name, value in found.items()})
+
+
+def _layers(value: Any) -> int | tuple[int, ...]:
+    """Of "layers": a count, or ascending indices."""
+    whole = [value] if isinstance(value, int) else value
+    good = isinstance(whole, list | tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in whole)
+    good = good and bool(whole) and whole[0] >= isinstance(value, int)
+    good = good and all(low < high for low, high in pairwise(whole))
+    _check(good, f"layers must be a number of layers or a list of ascending indices, got {value!r}.")
+    return value if isinstance(value, int) else tuple(value)
 
 
 def _check(condition: bool, message: str) -> None:

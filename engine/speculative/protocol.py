@@ -1,0 +1,40 @@
+"""`AnySpeculator`: what the loop asks of whoever decides about drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from engine.requests.sequence import Sequence
+
+
+class AnySpeculator(Protocol):
+    """Decides before each step whether drafts pay, and gives them to sequences."""
+
+    def wakes(self, count: int) -> bool:
+        """Whether drafts may pay at all with so many sequences."""
+        ...
+
+    def pays(self, sequences: list[Sequence]) -> bool:
+        """Whether the next step of these sequences, one token each, should verify drafts."""
+        ...
+
+    def must_read(self, sequences: list[Sequence]) -> bool:
+        """Whether the host must have read all tokens of these sequences before they get drafts."""
+        ...
+
+    def give(self, sequences: Iterable[Sequence]) -> None:
+        """Give drafts to sequences."""
+        ...
+
+    def on_tokens(self, sequence: Sequence, tokens: list[int], num_drafts: int) -> None:
+        """A sequence got tokens, by a step that verified so many drafts of it. It has not ended."""
+        ...
+
+    def forget(self, sequence: Sequence) -> None:
+        """It has ended."""
+        ...
+
+    def observe_time(self, num_tokens: int, num_seqs: int, seconds: float, *, drafts: bool) -> None:
+        """A step took so long in the bucket of so many tokens and sequences, alone on the device."""
+        ...
