@@ -179,7 +179,7 @@ def _pass(rows: DraftRows, place: jax.Array) -> RaggedBatch:
     live, count = place < rows.num_drafts, rows.rows.shape[0]
     return RaggedBatch(
         query_start=jnp.arange(count + 1, dtype=jnp.int32),
-        context_lens=jnp.where(live, rows.num_known - 1 + place, 1).astype(jnp.int32),
+        context_lens=jnp.where(live, jnp.maximum(rows.num_known - 1 + place, 1), 1).astype(jnp.int32),
         block_tables=jnp.where(live[:, None], rows.block_tables, NULL_PAGE),
         num_seqs=jnp.int32(count),
     )
