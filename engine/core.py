@@ -222,12 +222,9 @@ class EngineCore:
             started: with L rows of logits of each sequence.
         """
         assert self._masks is not None
-        bucket, made = started.bucket, started.draft_ids
-        ids = None if made is None else np.asarray(made).tolist()
+        bucket = started.bucket
         rows = [
-            MaskedRow(
-                index * bucket.num_logits, item.sequence.matcher, item.sequence.request, drafts_of(item, index, ids)
-            )
+            MaskedRow(index * bucket.num_logits, item.sequence.matcher, item.sequence.request, started.drafts(index))
             for index, item in enumerate(plan.items)
             if item.samples and item.sequence.matcher is not None and not item.sequence.finished
         ]

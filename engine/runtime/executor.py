@@ -77,6 +77,13 @@ class StartedStep(NamedTuple):
     sampling: jax.Array
     draft_ids: jax.Array | None = None
 
+    def drafts(self, index: int) -> tuple[int, ...]:
+        """Drafts of the plan's item at `index`; waits for the device if it makes them."""
+        drafts = self.plan.items[index].drafts
+        if self.draft_ids is None or not drafts:
+            return drafts
+        return tuple(np.asarray(self.draft_ids)[index, : len(drafts)].tolist())
+
 
 @dataclass(frozen=True)
 class InFlightStep:
@@ -195,19 +202,13 @@ class Executor:
             draft_ids, self._forward_state, self._draft_state = self._run.draft(bucket, variant)(
                 drafter.weights, self._forward_state, self._draft_state, known, packed
             )
-        hidden, logits, sampling, self._forward_state, streams = self._run.forward(bucket)(
+        hidden, logits, sampling, self._forward_state = self._run.forward(bucket)(
             self._params, self._forward_state, known, packed, draft_ids
         )
         if drafter is not None and drafter.observes:
             tables = self._forward_state.block_tables
             self._draft_state = self._run.observe(bucket)(
-                drafter.weights,
-                self._draft_state,
-                tables,
-                known,
-                packed,
-                draft_ids,
-                hidden if streams is None else streams,
+                drafter.weights, self._draft_state, tables, known, packed, draft_ids, hidden
             )
         return StartedStep(plan, bucket, variant, logits, hidden, sampling, draft_ids)
 

@@ -6,7 +6,8 @@ depends on the bucket alone, so the device unpacks it with static slices.
     num_seqs | tokens[T] | query_start[S+1] | context_lens[S] | rows[S] | sampling[S, W] | updates[U, 3] | num_drafts[S]
 
 Token -1 means: the token that this row's sequence sampled last, which only the device knows yet; -2 a draft that the
-device made itself. A context length below 0 means that the device alone knows how many tokens the sequence has: -1 - d is as many as it has and d drafts.
+device made itself. A context length below 0 means that the device alone knows how many tokens the sequence has:
+-1 - d is as many as it has and d drafts.
 `updates` are new entries of the block tables, (row, index, block); row R, one past the last, is where padding goes.
 `num_drafts` is there in verify buckets only.
 """

@@ -1,7 +1,7 @@
 """`DeviceSpeculator`: decides when drafts that the device makes itself pay.
 
-Nothing is known of such guesses but by verifying them. So rates begin hopeful, at what the last sequences had, and while
-drafts do not pay they are tried again in one step of some hundred.
+Nothing is known of such guesses but by verifying them. So rates begin hopeful, later with what other sequences had, and
+while drafts do not pay they are tried again in one step of some hundred.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`DeviceDrafter`: what makes guesses on the device. Derive from it, and `make_drafter` in
-`engine/runtime/speculation.py` builds it for its method.
+`build.py` builds it for its method.
 
-A drafter brings weights and a state. Both are pytrees of arrays: weights stay, the state goes from step to step, donated,
-and no array may be in it twice, nor in the model's own state. Its functions are traced into executables:
+A drafter brings weights and a state. Both are pytrees of arrays: weights stay, the state goes from step to step,
+donated, and no array may be in it twice, nor in the model's own state. Its functions are traced into executables:
 
     draft     at the start of each step that verifies drafts, one executable per verify bucket and variant
     observe   after the forward pass of every step, prompts included, if `observes`; one executable per bucket. For
@@ -88,7 +88,7 @@ class JobShapes:
     """
 
     state: Any
-    block_tables: jax.ShapeDtypeStruct
+    block_tables: Any
     known: RowTokens
     buckets: BucketTable
     layout: Callable[[Bucket], StepLayout]
@@ -121,14 +121,12 @@ class DeviceDrafter(ABC):
         extra_bytes: of weights that are not the model's own, and of the state besides pages.
         block_bytes: of the state, per block of the pool.
         observes: whether `observe` is to be called.
-        taps: after how many of the model's layers it wants to see the residual stream instead of the final states.
     """
 
     weights: Any
     extra_bytes: int = 0
     block_bytes: int = 0
     observes: bool = False
-    taps: tuple[int, ...] = ()
 
     @abstractmethod
     def draft(
@@ -163,7 +161,7 @@ class DeviceDrafter(ABC):
             state: as of `draft`.
             rows: T tokens of S sequences with positions and block tables, drafts included (which of them were right is
                 not known yet; the next `draft` has `num_known`).
-            hidden: [T, E] after the final norm; with taps the streams side by side, [T, taps * E].
+            hidden: [T, E] after the final norm.
         """
         del weights, rows, hidden
         return state
@@ -193,5 +191,5 @@ class DeviceDrafter(ABC):
         """It has ended."""
         del sequence
 
-    def forget_all(self) -> None:
+    def forget_all(self) -> None:  # noqa: B027  # most have nothing to forget
         """The device state was made anew: nothing is computed any more."""

@@ -2,7 +2,7 @@
 
 Drafts are drawn as the model draws: the best token where a row is greedy, otherwise with temperature, min_p, top_k and
 top_p of the row and with the noise of its (seed, position), so that they agree with the model's own draws as often as
-possible (docs/decisions/0008). Penalties, bans and grammars are left out: what they change costs a guess, not an answer.
+possible (docs/decisions/0008). Penalties, bans and grammars are left out: that costs a guess, not an answer.
 
 The passes are one loop on the device, whose cache goes from pass to pass in place.
 """
