@@ -32,7 +32,7 @@ from engine.requests.request import Request
 from engine.requests.sequence import FinishReason, Sequence, SequenceStatus
 from engine.runtime.executor import Executor, InFlightStep, StartedStep, StepResult
 from engine.runtime.pooling import PooledPart
-from engine.scheduling.plan import ScheduledSequence, StepPlan
+from engine.scheduling.plan import StepPlan
 from engine.scheduling.results import CommittedToken
 from engine.scheduling.scheduler import Scheduler
 from engine.speculative.protocol import AnySpeculator
@@ -378,15 +378,6 @@ class EngineCore:
                 self.stats.on_finish(record.sequences)
         self._touched.clear()
         return ready
-
-
-def drafts_of(item: ScheduledSequence, index: int, ids: list[list[int]] | None) -> tuple[int, ...]:
-    """The drafts of the item at `index` of a plan.
-
-    Args:
-        ids: [S][K] that the device made itself.
-    """
-    return item.drafts if ids is None else tuple(ids[index][: len(item.drafts)])
 
 
 def describe_plan(plan: StepPlan) -> str:

@@ -51,6 +51,7 @@ def forward(
         known: last tokens and lengths of the rows.
         packed: int32[layout.size].
         draft_ids: int32[S, K] in verify buckets, if the device guesses itself.
+        taps: after how many layers somebody wants to see the residual stream.
 
     Returns:
         hidden [T, E] after the final norm; logits float32[S * L, V] of each sequence's last L token rows

@@ -52,7 +52,7 @@ def spec(method: str, path: Path, **changes: Any) -> str:
 
 
 METHODS = [pytest.param(method, marks=pytest.mark.slow) for method in ("medusa", "eagle", "eagle3")]
-FEW = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "num_gpu_blocks_override": 64}  # executables
+FEW = {"max_num_seqs": 1, "max_num_batched_tokens": 8, "num_gpu_blocks_override": 64}  # executables
 
 
 @pytest.fixture(scope="module", params=METHODS)
