@@ -36,6 +36,11 @@ def no_states(num_rows: int, length: int, width: int, dtype: str) -> RecentState
     return RecentStates(jnp.zeros((num_rows + 1, length, width), dtype), *none)
 
 
+def states_bytes(num_rows: int, length: int, width: int, dtype: str) -> int:
+    """Bytes of `no_states`, less the few of the positions."""
+    return (num_rows + 1) * length * width * jnp.dtype(dtype).itemsize
+
+
 def remember(recent: RecentStates, rows: TokenRows, states: jax.Array) -> RecentStates:
     """Keep the last states of a step.
 
