@@ -31,6 +31,7 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.limits import SchedulerLimits
 from engine.scheduling.scheduler import Scheduler
 from engine.snapshot import snapshot
+from engine.speculative.settings import HEADS
 from engine.structured.compiler import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 from models.config import ModelConfig
@@ -241,8 +242,8 @@ def load_weights(config: ModelLoadConfig, path: Path, report: Report) -> LoadedM
     return loaded
 
 
-def _load_draft(config: EngineConfig, environment: Environment, loaded: LoadedModel) -> LoadedModel:
-    """The draft model's weights, in the model's dtype.
+def _load_draft(config: EngineConfig, environment: Environment, loaded: LoadedModel) -> LoadedModel | Path:
+    """The draft model's weights, in the model's dtype; of heads, the directory.
 
     Raises:
         As `load_model`.
@@ -256,18 +257,20 @@ def _load_draft(config: EngineConfig, environment: Environment, loaded: LoadedMo
         raise ConfigError(f"speculative_config: {error}") from error
     with progress_bar("fetching the draft model", show=show) as report:
         files = resolve_model(load.model, fetch_options(load, environment, report))
+    if settings.method in HEADS:
+        return files.path
     with progress_bar("loading the draft model", show=show) as report:
         return load_weights(load, files.path, report)
 
 
 def make_program(
-    config: EngineConfig, loaded: LoadedModel, cache_dir: Path, draft: LoadedModel | None = None
+    config: EngineConfig, loaded: LoadedModel, cache_dir: Path, draft: LoadedModel | Path | None = None
 ) -> tuple[MemoryLedger, ModelProgram]:
     """What the executables of a loaded model are made from, with as many KV blocks as fit.
 
     Args:
         cache_dir: of compiled executables, unless the config names another.
-        draft: a smaller model that guesses.
+        draft: a smaller model that guesses, or the directory of heads.
 
     Raises:
         ConfigError: settings contradict the model or each other.

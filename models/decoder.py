@@ -72,6 +72,21 @@ class Decoder(nnx.Module):
         Returns:
             Hidden states `[T, E]` after the final norm, and the cache with this step's keys and values.
         """
+        hidden, _, cache = self.run_tapped(inputs, cache, ())
+        return hidden, cache
+
+    def run_tapped(
+        self, inputs: ForwardInputs, cache: tuple[Pages, ...], taps: tuple[int, ...]
+    ) -> tuple[jax.Array, jax.Array | None, tuple[Pages, ...]]:
+        """The same, with what flows between chosen layers.
+
+        Args:
+            inputs, cache: as above.
+            taps: numbers of layers, ascending: the residual stream after so many is wanted too.
+
+        Returns:
+            Hidden states `[T, E]`; the streams side by side, `[T, len(taps) * E]`, None without taps; the cache.
+        """
         num_tokens = inputs.token_ids.shape[0]
         cos, sin = cos_sin(self.config.rope, inputs.positions)
         step = StepContext(
@@ -81,11 +96,13 @@ class Decoder(nnx.Module):
             plan=plan_attention(inputs.batch, num_tokens, self.problem),
         )
         x = self.embed.weight[...][inputs.token_ids]
-        new_cache = []
+        new_cache, streams = [], [x]
         for block, pages in zip(self.layers, cache, strict=True):
             x, pages = call_shared(block, x, pages, step)
             new_cache.append(pages)
-        return self.norm(x), tuple(new_cache)
+            streams.append(x)
+        tapped = jnp.concatenate([streams[tap] for tap in taps], axis=-1) if taps else None
+        return self.norm(x), tapped, tuple(new_cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[S, E] -> float32[S, V]."""

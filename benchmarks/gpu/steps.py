@@ -195,7 +195,7 @@ class StepBench:
         def call() -> jax.Array:
             started, token = time.perf_counter(), None
             for (forward, sample), (_, packed) in zip(compiled, steps, strict=True):
-                _, logits, sampling, self._forward_state = forward(
+                _, logits, sampling, self._forward_state, _ = forward(
                     self._params, self._forward_state, self._sample_state.rows, packed, None
                 )
                 sampled, self._sample_state = sample(logits, sampling, self._sample_state)

@@ -116,6 +116,11 @@ class ModelProgram:
         return () if self.drafter is None else self.drafter.make_state(self.cache.num_pages, self.limits.max_num_seqs)
 
     @property
+    def taps(self) -> tuple[int, ...]:
+        """After how many layers the drafter wants to see the residual stream."""
+        return () if self.drafter is None else self.drafter.taps
+
+    @property
     def block_bytes(self) -> int:
         """Of one KV block, all layers, the drafter's included."""
         return self.cache.page_bytes * self.config.num_layers + (
@@ -144,7 +149,7 @@ class ModelProgram:
         layout = self.layout(bucket)
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         shapes = (shapes_of(params), state, sample_state.rows, packed, self._draft_ids(bucket))
-        return lower(forward, *shapes, donate=STATE, model=self.model, layout=layout)
+        return lower(forward, *shapes, donate=STATE, model=self.model, layout=layout, taps=self.taps)
 
     def lower_sample(self, num_seqs: int, variant: SamplerVariant) -> Any:
         """Trace and lower the sampling of so many sequences."""
@@ -181,7 +186,8 @@ class ModelProgram:
         state, sample_state = self.state_shapes()
         layout = self.layout(bucket)
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        hidden = jax.ShapeDtypeStruct((bucket.num_tokens, self.config.hidden_size), self.limits.dtype)
+        width = max(1, len(self.taps)) * self.config.hidden_size
+        hidden = jax.ShapeDtypeStruct((bucket.num_tokens, width), self.limits.dtype)
         shapes = (
             shapes_of(self.drafter.weights),
             self._draft_state_shapes,
@@ -237,7 +243,7 @@ class Executables:
         return len(self._compiled)
 
     def forward(self, bucket: Bucket) -> Compiled:
-        """(params, state, known, packed, draft_ids) -> (hidden, logits, sampling, state)."""
+        """(params, state, known, packed, draft_ids) -> (hidden, logits, sampling, state, streams)."""
         return self._compiled["forward", bucket]
 
     def draft(self, bucket: Bucket, variant: SamplerVariant) -> Compiled:

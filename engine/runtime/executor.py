@@ -202,13 +202,14 @@ class Executor:
             draft_ids, self._forward_state, self._draft_state = self._run.draft(bucket, variant)(
                 drafter.weights, self._forward_state, self._draft_state, known, packed
             )
-        hidden, logits, sampling, self._forward_state = self._run.forward(bucket)(
+        hidden, logits, sampling, self._forward_state, streams = self._run.forward(bucket)(
             self._params, self._forward_state, known, packed, draft_ids
         )
         if drafter is not None and drafter.observes:
             tables = self._forward_state.block_tables
+            seen = hidden if streams is None else streams
             self._draft_state = self._run.observe(bucket)(
-                drafter.weights, self._draft_state, tables, known, packed, draft_ids, hidden
+                drafter.weights, self._draft_state, tables, known, packed, draft_ids, seen
             )
         return StartedStep(plan, bucket, variant, logits, hidden, sampling, draft_ids)
 

@@ -92,12 +92,14 @@ class TokenRows:
     """What the forward pass derives from the packed fields.
 
     Attributes:
+        rows: int32[S], of the device state; the padding row for padding.
         token_ids, positions: int32[T].
         logit_rows: int32[S * L], token rows with logits, sequence by sequence; L = `Bucket.num_logits`.
         sampling: int32[S, W] of one row of logits each, or `with_drafts` of more.
         batch: lengths, offsets and block tables.
     """
 
+    rows: jax.Array
     token_ids: jax.Array
     positions: jax.Array
     logit_rows: jax.Array
@@ -152,7 +154,7 @@ def token_rows(
         last_rows = jnp.minimum(last_rows, num_tokens - 1)
         sampling = with_drafts(sampling, num_drafts, tokens[last_rows[:, 1:]])
         last_rows = last_rows.reshape(-1)
-    return TokenRows(tokens, token_positions(batch, num_tokens), last_rows, sampling, batch)
+    return TokenRows(rows, tokens, token_positions(batch, num_tokens), last_rows, sampling, batch)
 
 
 def block_updates(items: Iterable[ScheduledSequence]) -> list[tuple[int, int, int]]:

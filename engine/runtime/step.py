@@ -31,7 +31,7 @@ from models.inputs import ForwardInputs
 PROMPT_LOGPROB_ROWS = 32  # rows of logits held at a time while scoring a prompt
 
 
-@partial(jax.jit, static_argnames=("model", "layout"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("model", "layout", "taps"), donate_argnames=("state",))
 def forward(
     params: Params,
     state: ForwardState,
@@ -41,7 +41,8 @@ def forward(
     *,
     model: FunctionalModel[Decoder],
     layout: StepLayout,
-) -> tuple[jax.Array, jax.Array, jax.Array, ForwardState]:
+    taps: tuple[int, ...] = (),
+) -> tuple[jax.Array, jax.Array, jax.Array, ForwardState, jax.Array | None]:
     """Run the model over one packed batch.
 
     Args:
@@ -50,18 +51,21 @@ def forward(
         known: last tokens and lengths of the rows.
         packed: int32[layout.size].
         draft_ids: int32[S, K] in verify buckets, if the device guesses itself.
+        taps: after how many layers somebody wants to see the residual stream.
 
     Returns:
         hidden [T, E] after the final norm; logits float32[S * L, V] of each sequence's last L token rows
-        (`Bucket.num_logits`); sampling parameters int32[S, W], with drafts behind them if L > 1; the advanced state.
+        (`Bucket.num_logits`); sampling parameters int32[S, W], with drafts behind them if L > 1; the advanced state;
+        the streams [T, taps * E], None without taps.
     """
     fields = layout.unpack(packed)
     tables = updated_tables(fields, state.block_tables)
     rows = token_rows(fields, tables, known, layout.bucket.num_logits, draft_ids)
     bound = model.bind(params)
-    hidden, cache = bound(ForwardInputs(rows.token_ids, rows.positions, rows.logit_rows, rows.batch), state.cache)
+    inputs = ForwardInputs(rows.token_ids, rows.positions, rows.logit_rows, rows.batch)
+    hidden, streams, cache = bound.run_tapped(inputs, state.cache, taps)
     logits = bound.logits(hidden[rows.logit_rows])
-    return hidden, logits, rows.sampling, ForwardState(cache, tables)
+    return hidden, logits, rows.sampling, ForwardState(cache, tables), streams
 
 
 @partial(jax.jit, donate_argnames=("state",))

@@ -22,9 +22,15 @@ KEYS_OF = {
     ),
     "layer_skip": ("layers",),
     "draft_model": ("model", "quantization"),
+    "medusa": ("model",),
+    "eagle": ("model",),
+    "eagle3": ("model",),
 }
 METHODS = tuple(KEYS_OF)
-ON_DEVICE = ("layer_skip", "draft_model")
+HEADS = ("medusa", "eagle", "eagle3")
+ON_DEVICE = ("layer_skip", "draft_model", *HEADS)
+WITH_MODEL = tuple(method for method, keys in KEYS_OF.items() if "model" in keys)
+_ONE_OF = f"method must be one of {', '.join(METHODS)}"
 MOST_DEPTH = 256
 MOST_CACHED_REQUESTS = 1_000_000
 
@@ -42,7 +48,7 @@ class SpeculativeSettings:
         suffix_decoding_max_spec_factor: most drafts for each token that matches ("suffix").
         suffix_decoding_min_token_prob: estimated probability below which a draft is not worth it ("suffix").
         layers: of the model that draft: their indices, or how many of the first ("layer_skip").
-        model: directory, file or hub id of the draft model ("draft_model").
+        model: directory, file or hub id of the draft model ("draft_model"), directory or hub id of the heads (`HEADS`).
         quantization: of the draft model's weights while they are loaded ("draft_model").
         adaptive: draft only where it pays by the measured times and rates; False = wherever there is a guess.
     """
@@ -61,7 +67,8 @@ class SpeculativeSettings:
     adaptive: bool = True
 
     def __post_init__(self) -> None:
-        _check(self.method in METHODS, f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
+        _check(self.method != "mtp", f"no model family here has layers of multi-token prediction; {_ONE_OF}.")
+        _check(self.method in METHODS, f"{_ONE_OF}, got {self.method!r}.")
         _check_integer("num_speculative_tokens", self.num_speculative_tokens, 1, MOST_DRAFTS)
         _check_integer("prompt_lookup_min", self.prompt_lookup_min, 1, MOST_DRAFTS)
         _check_integer("prompt_lookup_max", self.prompt_lookup_max, self.prompt_lookup_min, MOST_DRAFTS)
@@ -72,7 +79,7 @@ class SpeculativeSettings:
         _check_number("suffix_decoding_max_spec_factor", self.suffix_decoding_max_spec_factor, 0.5, MOST_DRAFTS)
         _check_number("suffix_decoding_min_token_prob", self.suffix_decoding_min_token_prob, 0, 1)
         _check((self.layers is not None) == (self.method == "layer_skip"), "layers is missing.")
-        _check((self.model is not None) == (self.method == "draft_model"), "model is missing.")
+        _check((self.model is not None) == (self.method in WITH_MODEL), "model is missing.")
         if self.layers is not None:
             object.__setattr__(self, "layers", _layers(self.layers))
         for name in ("model", "quantization"):

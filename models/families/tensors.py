@@ -50,12 +50,12 @@ HARMLESS_SUFFIXES = ("rotary_emb.inv_freq",)
 def decoder_tensors(config: ModelConfig) -> dict[str, Assembly]:
     """The names that Llama gave and all families here kept, for every parameter of the decoder."""
     model, vocab = config.hidden_size, config.vocab_size
-    assemblies = {"embed.weight": _plain("model.embed_tokens.weight", vocab, model)}
+    assemblies = {"embed.weight": plain("model.embed_tokens.weight", vocab, model)}
     for index in range(config.num_layers):
-        assemblies |= _layer_tensors(config, f"layers.{index}.", f"model.layers.{index}.")
-    assemblies["norm.weight"] = _plain("model.norm.weight", model)
+        assemblies |= layer_tensors(config, f"layers.{index}.", f"model.layers.{index}.")
+    assemblies["norm.weight"] = plain("model.norm.weight", model)
     if not config.tie_word_embeddings:
-        assemblies["head.weight"] = _plain("lm_head.weight", vocab, model)
+        assemblies["head.weight"] = plain("lm_head.weight", vocab, model)
     return assemblies
 
 
@@ -64,26 +64,33 @@ def is_harmless_extra(name: str, config: ModelConfig) -> bool:
     return name.endswith(HARMLESS_SUFFIXES) or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
-def _layer_tensors(config: ModelConfig, to: str, source: str) -> dict[str, Assembly]:
+def layer_tensors(config: ModelConfig, to: str, source: str, num_in: int | None = None) -> dict[str, Assembly]:
+    """The parameters of one layer.
+
+    Args:
+        config: of the decoder.
+        to, source: prefixes of the parameters and of the tensors.
+        num_in: what attention reads of a token, if not the model's width.
+    """
     model, ffn, q, kv = config.hidden_size, config.intermediate_size, config.q_size, config.kv_size
     attention, mlp = f"{source}self_attn.", f"{source}mlp."
     qkv = {f"{attention}q_proj": q, f"{attention}k_proj": kv, f"{attention}v_proj": kv}
     gate_up = {f"{mlp}gate_proj": ffn, f"{mlp}up_proj": ffn}
     tensors = {
-        "attn_norm.weight": _plain(f"{source}input_layernorm.weight", model),
-        **_projection("attn.qkv", qkv, model, bias=config.qkv_bias),
-        **_projection("attn.o", {f"{attention}o_proj": model}, q, bias=config.o_bias),
-        "mlp_norm.weight": _plain(f"{source}post_attention_layernorm.weight", model),
-        **_projection("mlp.gate_up", gate_up, model, bias=config.mlp_bias),
-        **_projection("mlp.down", {f"{mlp}down_proj": model}, ffn, bias=config.mlp_bias),
+        "attn_norm.weight": plain(f"{source}input_layernorm.weight", model),
+        **projection("attn.qkv", qkv, num_in or model, bias=config.qkv_bias),
+        **projection("attn.o", {f"{attention}o_proj": model}, q, bias=config.o_bias),
+        "mlp_norm.weight": plain(f"{source}post_attention_layernorm.weight", model),
+        **projection("mlp.gate_up", gate_up, model, bias=config.mlp_bias),
+        **projection("mlp.down", {f"{mlp}down_proj": model}, ffn, bias=config.mlp_bias),
     }
     if config.qk_norm:
-        tensors["attn.q_norm.weight"] = _plain(f"{attention}q_norm.weight", config.head_dim)
-        tensors["attn.k_norm.weight"] = _plain(f"{attention}k_norm.weight", config.head_dim)
+        tensors["attn.q_norm.weight"] = plain(f"{attention}q_norm.weight", config.head_dim)
+        tensors["attn.k_norm.weight"] = plain(f"{attention}k_norm.weight", config.head_dim)
     return {to + name: assembly for name, assembly in tensors.items()}
 
 
-def _projection(target: str, outputs: dict[str, int], width_in: int, *, bias: bool) -> dict[str, Assembly]:
+def projection(target: str, outputs: dict[str, int], width_in: int, *, bias: bool) -> dict[str, Assembly]:
     """Weight (and bias) of one fused projection; `outputs` maps each module to its number of outputs."""
     weights = tuple(SourceTensor(f"{name}.weight", (width, width_in)) for name, width in outputs.items())
     assemblies = {f"{target}.weight": Assembly(weights, transpose=True)}
@@ -94,5 +101,6 @@ def _projection(target: str, outputs: dict[str, int], width_in: int, *, bias: bo
     return assemblies
 
 
-def _plain(name: str, *shape: int) -> Assembly:
+def plain(name: str, *shape: int) -> Assembly:
+    """A parameter that is a tensor of the checkpoint as it is."""
     return Assembly((SourceTensor(name, shape),))

@@ -35,13 +35,25 @@ class StepContext:
 
 
 class Attention(nnx.Module):
-    """Causal self-attention; sliding window, rope and q/k norm as the layer's config says."""
+    """Causal self-attention; sliding window, rope and q/k norm as the layer's config says.
+
+    Args:
+        config, layer, problem, dtype, matmul: as of the decoder.
+        num_in: width of the input, if it is not the model's.
+    """
 
     def __init__(
-        self, config: ModelConfig, layer: LayerConfig, problem: AttentionProblem, *, dtype: str, matmul: str
+        self,
+        config: ModelConfig,
+        layer: LayerConfig,
+        problem: AttentionProblem,
+        *,
+        dtype: str,
+        matmul: str,
+        num_in: int | None = None,
     ) -> None:
         model, qkv = config.hidden_size, config.q_size + 2 * config.kv_size
-        self.qkv = Linear(model, qkv, bias=config.qkv_bias, dtype=dtype, matmul=matmul)
+        self.qkv = Linear(model if num_in is None else num_in, qkv, bias=config.qkv_bias, dtype=dtype, matmul=matmul)
         self.o = Linear(config.q_size, model, bias=config.o_bias, dtype=dtype, matmul=matmul)
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
@@ -49,7 +61,7 @@ class Attention(nnx.Module):
         self.problem = problem
 
     def __call__(self, x: jax.Array, pages: Pages, step: StepContext) -> tuple[jax.Array, Pages]:
-        """[T, E] and this layer's pages -> [T, E] and the pages with this step's keys and values."""
+        """[T, in] and this layer's pages -> [T, E] and the pages with this step's keys and values."""
         problem, dim = self.problem, self.problem.head_dim
         num_q, num_kv = problem.num_heads * dim, problem.num_kv_heads * dim
         q, k, v = jnp.split(self.qkv(x), [num_q, num_q + num_kv], axis=-1)

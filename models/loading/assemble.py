@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -38,12 +38,38 @@ def check_tensors(
         weight_format: which stores some of the matrices; None if all are plain.
 
     Raises:
+        WeightsError: see `check_assemblies`.
+    """
+
+    def harmless(name: str) -> bool:
+        return is_harmless_extra(name, config) or bool(weight_format and weight_format.explains(name))
+
+    check_assemblies(family.name, family.assemblies(config), source, harmless, weight_format)
+
+
+def check_assemblies(
+    what: str,
+    assemblies: Mapping[str, Assembly],
+    source: TensorSource,
+    harmless: Callable[[str], bool],
+    weight_format: WeightFormat | None = None,
+) -> None:
+    """Compare what a checkpoint has with what some parameters are made of.
+
+    Args:
+        what: names the model in the error.
+        assemblies: of all parameters.
+        source: the checkpoint.
+        harmless: of a tensor that no parameter needs, whether the checkpoint may hold it.
+        weight_format: which stores some of the matrices; None if all are plain.
+
+    Raises:
         WeightsError: one error for all faults; names the first of them with what was expected and found, and counts
             the rest.
     """
     expected = {
         stored.name: stored
-        for name, assembly in family.assemblies(config).items()
+        for name, assembly in assemblies.items()
         for tensor in assembly.sources
         for stored in _in_place_of(name, tensor, source, weight_format)
     }
@@ -63,22 +89,17 @@ def check_tensors(
     extra = [
         f"{name} {list(source.shape(name))} is not expected"
         for name in sorted(present - expected.keys())
-        if not (is_harmless_extra(name, config) or (weight_format and weight_format.explains(name)))
+        if not harmless(name)
     ]
-    if not (missing or misshapen or mistyped or extra):
+    faults = {"missing": missing, "misshapen": misshapen, "of another dtype": mistyped, "unexpected": extra}
+    count = sum(len(found) for found in faults.values())
+    if not count:
         return
-    counts = {
-        "missing": len(missing),
-        "misshapen": len(misshapen),
-        "of another dtype": len(mistyped),
-        "unexpected": len(extra),
-    }
-    summary = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    summary = ", ".join(f"{len(found)} {kind}" for kind, found in faults.items() if found)
     # A few of each kind: thousands of missing tensors must not hide the misshapen one that explains them.
-    listed = [fault for faults in (missing, misshapen, mistyped, extra) for fault in faults[:_LISTED]]
-    more = sum(counts.values()) - len(listed)
-    details = "; ".join(listed) + (f"; and {more} more" if more else "")
-    raise WeightsError(f"The checkpoint's tensors do not fit its config ({family.name}; {summary}): {details}.")
+    listed = [fault for found in faults.values() for fault in found[:_LISTED]]
+    details = "; ".join(listed) + (f"; and {count - len(listed)} more" if count > len(listed) else "")
+    raise WeightsError(f"The checkpoint's tensors do not fit its config ({what}; {summary}): {details}.")
 
 
 def _in_place_of(
@@ -113,7 +134,31 @@ def assemble(
         WeightsError: tensors are missing, extra or misshapen, cannot be read, overflow float16, or cannot be packed.
     """
     check_tensors(family, config, source, weight_format)
-    assemblies = family.assemblies(config)
+    return assemble_parameters(
+        parameter_shapes(config), family.assemblies(config), source, dtype, progress, weight_format
+    )
+
+
+def assemble_parameters(
+    shapes: Mapping[str, tuple[int, ...]],
+    assemblies: Mapping[str, Assembly],
+    source: TensorSource,
+    dtype: np.dtype,
+    progress: Progress | None = None,
+    weight_format: WeightFormat | None = None,
+) -> dict[str, Weight]:
+    """Make parameters whose sources were checked, in the order of `shapes`, and put them on the default device.
+
+    Args:
+        shapes, assemblies: by parameter.
+        source: the checkpoint.
+        dtype: of what is not packed.
+        progress: called after each parameter.
+        weight_format: which stores some of the matrices; None if all are plain.
+
+    Raises:
+        As `assemble`.
+    """
     sizes = {} if weight_format is None else _sizes_of_packed(assemblies, source, weight_format)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
 
@@ -138,7 +183,7 @@ def assemble(
             return weight
 
         packed = Packed(sizes, pack)
-        return stream_to_device(parameter_shapes(config), dtype, fill, progress, packed)
+        return stream_to_device(shapes, dtype, fill, progress, packed)
 
 
 def _sizes_of_packed(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from engine.errors import ConfigError
 from engine.runtime.drafting.drafter import DeviceDrafter
+from engine.runtime.drafting.heads import Target, make_heads
 from engine.runtime.drafting.layer_skip import LayerSkip
 from engine.runtime.drafting.model import DraftModel
 from engine.runtime.executables import ModelProgram, structure_of
-from engine.speculative.settings import SpeculativeSettings
+from engine.speculative.settings import HEADS, SpeculativeSettings
 from models.functional import Params
 from models.loading.load import LoadedModel
 
 
 def make_drafter(
-    settings: SpeculativeSettings | None, program: ModelProgram, params: Params, draft: LoadedModel | None
+    settings: SpeculativeSettings | None, program: ModelProgram, params: Params, draft: LoadedModel | Path | None
 ) -> DeviceDrafter | None:
     """What makes guesses on the device; None if the method guesses on the host.
 
@@ -23,18 +25,23 @@ def make_drafter(
         settings: of speculative decoding.
         program: of the model that is served.
         params: its weights.
-        draft: the model that `settings.model` names.
+        draft: the model that `settings.model` names; the directory of heads.
 
     Raises:
         ConfigError: layers that the model does not have, or a model of another vocabulary.
+        QuireError: heads that do not fit the model, see `make_heads`.
     """
     if settings is None:
         return None
     if settings.method == "layer_skip":
         return _layer_skip(settings, program, params)
     if settings.method == "draft_model":
-        assert draft is not None, "loaded with the settings"
+        assert isinstance(draft, LoadedModel), "loaded with the settings"
         return _draft_model(program, draft)
+    if settings.method in HEADS:
+        assert isinstance(draft, Path), "found with the settings"
+        target = Target(program.config, params, program.limits, program.kernels)
+        return make_heads(settings.method, draft, settings.num_speculative_tokens, target)
     return None
 
 

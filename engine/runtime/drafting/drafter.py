@@ -121,12 +121,14 @@ class DeviceDrafter(ABC):
         extra_bytes: of weights that are not the model's own, and of the state besides pages.
         block_bytes: of the state, per block of the pool.
         observes: whether `observe` is to be called.
+        taps: after how many of the model's layers it wants to see the residual stream instead of the final states.
     """
 
     weights: Any
     extra_bytes: int = 0
     block_bytes: int = 0
     observes: bool = False
+    taps: tuple[int, ...] = ()
 
     @abstractmethod
     def draft(
@@ -161,7 +163,7 @@ class DeviceDrafter(ABC):
             state: as of `draft`.
             rows: T tokens of S sequences with positions and block tables, drafts included (which of them were right is
                 not known yet; the next `draft` has `num_known`).
-            hidden: [T, E] after the final norm.
+            hidden: [T, E] after the final norm; with taps the streams side by side, [T, taps * E].
         """
         del weights, rows, hidden
         return state

@@ -88,7 +88,7 @@ def observe_step(
         known: of the rows, before the step's sampling.
         packed: int32[layout.size].
         draft_ids: int32[S, K] in verify buckets, otherwise None.
-        hidden: [T, E] after the final norm.
+        hidden: [T, E] after the final norm, or the streams of the drafter's taps.
     """
     rows = token_rows(layout.unpack(packed), block_tables, known, layout.bucket.num_logits, draft_ids)
     return drafter.observe(weights, draft_state, rows, hidden)
