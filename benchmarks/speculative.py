@@ -45,6 +45,12 @@ class _Run:
     decode_s: float
     outputs: list[RequestOutput]
 
+    @classmethod
+    def joined(cls, runs: Sequence[_Run]) -> _Run:
+        """Of batches, one after another."""
+        outputs = [output for run in runs for output in run.outputs]
+        return cls(sum(run.seconds for run in runs), sum(run.decode_s for run in runs), outputs)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write `results.json`, `report.md` and `speedup.png`, and print the report.
@@ -144,38 +150,37 @@ def _measure_dtype(dtype: str, args: argparse.Namespace) -> Iterator[Cell]:
 
 
 def _turn(engines: tuple[Engine, Engine], workload: str, streams: int, number: int, quick: bool) -> Turn:
-    """Both engines, the order changing with the number."""
+    """Both engines batch by batch, the order changing each time: load from elsewhere meets both alike."""
     chosen = WORKLOADS[workload]
     num_requests = streams if quick else max(streams, FEWEST_REQUESTS)
     output_len = 8 if quick else chosen.output_len
     messages = chosen.messages(number)[:num_requests]
-    prompts = [engines[0].apply_chat_template([{"role": "user", "content": text}]) for text in messages]
     salt = f"{workload}/{streams}/{number}"
-    measured: dict[int, _Run] = {}
-    for index in (0, 1) if number % 2 else (1, 0):
-        measured[index] = _run(engines[index], prompts, streams, output_len, salt)
-        time.sleep(0.2)
-    return _compare(measured[0], measured[1])
+    runs: dict[int, list[_Run]] = {0: [], 1: []}
+    for start in range(0, num_requests, streams):
+        batch = [
+            engines[0].apply_chat_template([{"role": "user", "content": text}])
+            for text in messages[start : start + streams]
+        ]
+        for index in (0, 1) if (number + start // streams) % 2 else (1, 0):
+            runs[index].append(_run(engines[index], batch, output_len, salt))
+    return _compare(*(_Run.joined(runs[index]) for index in (0, 1)))
 
 
-def _run(engine: Engine, prompts: Sequence[list[int]], streams: int, output_len: int, salt: str) -> _Run:
-    """All prompts, so many at a time."""
+def _run(engine: Engine, batch: Sequence[list[int]], output_len: int, salt: str) -> _Run:
+    """All of a batch at once."""
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=output_len, detokenize=False)
-    batches: list[list[Prompt]] = [
-        [{"prompt_token_ids": ids, "cache_salt": salt} for ids in prompts[start : start + streams]]
-        for start in range(0, len(prompts), streams)
-    ]
+    prompts: list[Prompt] = [{"prompt_token_ids": ids, "cache_salt": salt} for ids in batch]
     compiled = engine.metrics()["compiles_after_ready"]
     started = time.perf_counter()
-    answers = [engine.generate(batch, params) for batch in batches]
+    outputs = engine.generate(prompts, params)
     seconds = time.perf_counter() - started
-    outputs = [output for answer in answers for output in answer]
     if engine.metrics()["compiles_after_ready"] != compiled:
         raise SystemExit("executables were compiled during a measured run")
     for output in outputs:
         if output.error is not None or len(output.outputs[0].token_ids) != output_len:
             raise SystemExit(f"a request gave another number of tokens than it was asked for: {output.error}")
-    return _Run(seconds, sum(map(_decode_s, answers)), outputs)
+    return _Run(seconds, _decode_s(outputs), outputs)
 
 
 def _decode_s(outputs: Sequence[RequestOutput]) -> float:
