@@ -241,10 +241,10 @@ def from_dense(
         wide = _turned(wide, rotation)
     padded = jnp.pad(wide, [(0, 0)] * (wide.ndim - 2) + [(0, rows * rows_per_scale - n), (0, 0)])
     blocks = padded.reshape(*wide.shape[:-2], rows, rows_per_scale, k // size, size)
-    scale, zero = _scales(blocks, rule, zero_points, scale_dtype)
+    scale, zero = _scales(blocks, rule, zero_points, scale_dtype if num_scales == 1 else jnp.float32)
     if num_scales > 1:
         weights = None if importance is None else importance.astype(jnp.float32).reshape(-1, size)
-        scale = least_error_scales(blocks, scale.astype(jnp.float32), weights, scale_dtype, num_scales)
+        scale = least_error_scales(blocks, scale, weights, scale_dtype, num_scales)
     inverse = 1.0 / jnp.where(scale == 0, 1.0, scale.astype(jnp.float32))
     zero = jnp.zeros_like(inverse) if zero is None else zero
     numbers = blocks * inverse[..., :, None, :, None] + zero[..., :, None, :, None]
