@@ -36,6 +36,7 @@ class Settings:
         damp: added to the diagonal of a Hessian, relative to its mean (GPTQ).
         num_samples, seq_len: calibration sequences, and tokens of each.
         steps, batch_size: of the descent (AutoRound).
+        awq_scales: whether AWQ's scales are folded in before it (AutoRound).
         seed: of all that is random.
 
     Raises:
@@ -53,6 +54,7 @@ class Settings:
     seq_len: int = 512
     steps: int = 200
     batch_size: int = 8
+    awq_scales: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,6 +70,10 @@ class Settings:
         _check(0 < self.damp < 1, f"damp must be between 0 and 1; got {self.damp}.")
         _check(
             not self.act_order or self.method == "gptq", f"act_order is GPTQ's; {self.method} takes columns in order."
+        )
+        _check(
+            not self.awq_scales or self.method == "autoround",
+            f"awq_scales go before autoround; {self.method} has its own way.",
         )
         if self.format == "awq":
             _check(self.bits == 4 and not self.act_order, "format awq has 4 bits and columns in order.")

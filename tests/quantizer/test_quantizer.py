@@ -244,6 +244,7 @@ def test_perplexity_of_what_is_written(tmp_path: Path) -> None:
         ({"format": "awq", "bits": 8}, "format awq has 4 bits"),
         ({"format": "fp8"}, "format fp8 is 8-bit floats"),
         ({"method": "rtn", "act_order": True}, "act_order is GPTQ's"),
+        ({"method": "awq", "awq_scales": True}, "awq_scales go before autoround"),
         ({"damp": 0.0}, "damp must be between"),
         ({"steps": 0}, "steps must be at least 1"),
     ],
