@@ -8,6 +8,7 @@ import numpy as np
 
 from models.errors import UnsupportedModelError
 
+FP8_BLOCK = 128  # outputs and inputs that share a scale of 8-bit floats
 METHODS = ("rtn", "gptq", "awq", "autoround")
 FORMATS = ("gptq", "awq", "compressed-tensors", "fp8")
 BITS = (2, 3, 4, 8)
@@ -78,7 +79,10 @@ class Settings:
         if self.format == "awq":
             _check(self.bits == 4 and not self.act_order, "format awq has 4 bits and columns in order.")
         if self.format == "fp8":
-            _check(self.method == "rtn" and self.bits == 8, "format fp8 is 8-bit floats, rounded: method rtn, bits 8.")
+            _check(
+                self.method in ("rtn", "gptq") and self.bits == 8 and not self.act_order,
+                "format fp8 is 8-bit floats, columns in order: method rtn or gptq, bits 8.",
+            )
 
     @property
     def scale_dtype(self) -> str:
@@ -123,3 +127,24 @@ class QuantizedMatrix:
         """float32[N, K]."""
         groups = self.groups
         return (self.codes.astype(np.float32) - self.zeros[:, groups]) * self.scales[:, groups]
+
+
+@dataclass(frozen=True)
+class FloatMatrix:
+    """One projection as 8-bit floats with a scale for each block of 128x128; the last may be short.
+
+    Attributes:
+        numbers: float32[N, K], each of them one of e4m3.
+        scales: float32[ceil(N / 128), ceil(K / 128)].
+    """
+
+    numbers: np.ndarray
+    scales: np.ndarray
+
+    def values(self) -> np.ndarray:
+        """float32[N, K]."""
+        n, k = self.numbers.shape
+        return self.numbers * np.repeat(np.repeat(self.scales, FP8_BLOCK, 0)[:n], FP8_BLOCK, 1)[:, :k]
+
+
+Made = QuantizedMatrix | FloatMatrix

@@ -22,16 +22,14 @@ import optax
 from jax import lax
 
 from models.quantizer import grid
-from models.quantizer.blocks import BlockProblem, BlockRunner, Projection, with_part
+from models.quantizer.blocks import BlockProblem, BlockResult, BlockRunner, Projection, with_part
 from models.quantizer.methods import awq
-from models.quantizer.types import QuantizedMatrix, Settings
+from models.quantizer.types import Made, Settings
 
 Learned = dict[str, dict[str, jax.Array]]  # module -> offsets [N, G, g], factors "low" and "high" [N, G]
 
 
-def quantize_block(
-    problem: BlockProblem, settings: Settings
-) -> tuple[dict[str, QuantizedMatrix], dict[str, jax.Array]]:
+def quantize_block(problem: BlockProblem, settings: Settings) -> BlockResult:
     """Module -> matrix; and parameters that took AWQ's scales in, if there are any."""
     target = problem.runner.forward(problem.weights, problem.x_full)
     changed: dict[str, jax.Array] = {}
@@ -48,7 +46,7 @@ def quantize_block(
         target,
         seed,
     )
-    found = {}
+    found: dict[str, Made] = {}
     for projection in problem.projections:
         values = learned[projection.module]
         codes, scale, zero = _codes(problem.part(projection), values, settings, problem.scale_dtype)

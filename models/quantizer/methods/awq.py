@@ -17,20 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.quantizer import grid
-from models.quantizer.blocks import BlockProblem, gram_of
-from models.quantizer.types import QuantizedMatrix, Settings
+from models.quantizer.blocks import BlockProblem, BlockResult, gram_of
+from models.quantizer.types import Made, Settings
 
 EXPONENTS = tuple(float(a) for a in np.arange(20) / 20)
 _ROTATED = ("q_proj", "k_proj")  # whose ranges are not cut: attention is sensitive to them
 
 
-def quantize_block(
-    problem: BlockProblem, settings: Settings
-) -> tuple[dict[str, QuantizedMatrix], dict[str, jax.Array]]:
+def quantize_block(problem: BlockProblem, settings: Settings) -> BlockResult:
     """Module -> matrix, and parameters that took the scales in."""
     problem, changed = folded(problem, settings)
     inputs = problem.runner.inputs(problem.weights, problem.x)
-    found = {}
+    found: dict[str, Made] = {}
     for projection in problem.projections:
         part = problem.part(projection)
         is_rotated = projection.module.endswith(_ROTATED)
