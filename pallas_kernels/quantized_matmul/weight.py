@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quantized_matmul.e4m3 import least_error_scales
-from pallas_kernels.quantized_matmul.rotation import LEAST, rotate
+from pallas_kernels.quantized_matmul.rotation import rotate
 
 
 @dataclass(frozen=True)
@@ -237,8 +237,7 @@ def from_dense(
         raise ValueError(f"{kind} has no zero points: its numbers are floats")
     if num_scales > 1 and is_int:
         raise ValueError(f"{kind} has no scales to choose among: its numbers are integers")
-    if rotation:
-        wide = _turned(wide, rotation)
+    wide = rotate(wide, rotation) if rotation else wide
     padded = jnp.pad(wide, [(0, 0)] * (wide.ndim - 2) + [(0, rows * rows_per_scale - n), (0, 0)])
     blocks = padded.reshape(*wide.shape[:-2], rows, rows_per_scale, k // size, size)
     scale, zero = _scales(blocks, rule, zero_points, scale_dtype if num_scales == 1 else jnp.float32)
@@ -254,13 +253,6 @@ def from_dense(
     zeros = zero if zero_points else None
     packed = repack(stored, scale, zeros, kind=kind, group_size=group_size, rows_per_scale=rows_per_scale)
     return replace(packed, rotation=rotation)
-
-
-def _turned(wide: jax.Array, rotation: int) -> jax.Array:
-    """[..., N, K], for inputs that are turned."""
-    if rotation < LEAST or wide.shape[-1] % rotation:
-        raise ValueError(f"a rotation of {rotation} inputs: at least {LEAST}, and a part of all {wide.shape[-1]}")
-    return rotate(wide, rotation)
 
 
 def _scales(blocks: jax.Array, rule: Kind, zero_points: bool, dtype: Any) -> tuple[jax.Array, jax.Array | None]:

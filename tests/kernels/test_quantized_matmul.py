@@ -22,6 +22,7 @@ from pallas_kernels.quantized_matmul import (
     xla,
 )
 from pallas_kernels.quantized_matmul.cases import CASES, GPU_CASES, Case
+from pallas_kernels.quantized_matmul.rotation import rotate
 
 # Of the largest result. float32 differs by the order of sums; 16-bit activations meet group-scaled weights that were
 # rounded to the same 16 bits (2^-9 or 2^-12 each, random signs), and both grow with nothing but the sum's own size.
@@ -204,6 +205,20 @@ def test_a_large_activation_takes_no_range_from_the_others() -> None:
     assert error(64) < 0.35 * error(0)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_rotation_is_that_of_the_matrix_and_of_each_row(size: int, dtype: str) -> None:
+    rng = np.random.default_rng(16)
+    x = jnp.asarray(rng.standard_normal((37, 192)) * rng.uniform(0.1, 30, (37, 1)), dtype)
+    run = jax.jit(rotate, static_argnums=1)
+    whole = np.asarray(run(x, size), np.float32)
+    bound = 3e-6 if dtype == "float32" else 2.0**-8
+    expected = np.asarray(x, np.float64) @ turning(192, size)
+    assert (np.abs(whole - expected) <= bound * (np.abs(expected) + np.abs(x).max(1, keepdims=True) * 0.2)).all()
+    for first, last in ((0, 1), (5, 9), (20, 37)):
+        assert np.array_equal(np.asarray(run(x[first:last], size), np.float32), whole[first:last])
+
+
 def test_rotated_float16_does_not_overflow() -> None:
     """64 inputs of 30,000 of one sign turn into one of 240,000; the result is in range again."""
     weight = from_dense(jnp.full((64, 8), 2.0**-10), "w8a8", rotation=64)
@@ -212,7 +227,7 @@ def test_rotated_float16_does_not_overflow() -> None:
     np.testing.assert_allclose(np.asarray(found, np.float32), 1875.0, rtol=0.01)
 
 
-@pytest.mark.parametrize("rotation", [8, 48, 128])
+@pytest.mark.parametrize("rotation", [8, 24, 48, 128])
 def test_rotations_that_are_none(rotation: int) -> None:
     with pytest.raises(ValueError, match=f"rotation of {rotation} inputs"):
         from_dense(jnp.ones((192, 8)), "w8a8", rotation=rotation)
