@@ -78,13 +78,11 @@ def turned(matrix: np.ndarray, size: int) -> np.ndarray:
 
 def least_error_scale(row: np.ndarray, least: F32, importance: np.ndarray) -> F32:
     """Of 64 within an octave."""
-    scales = [F32(least * F32(2 ** (index / 64))) for index in range(64)]
     if least == 0:
         return least
-    numbers = [(row * (F32(1) / scale)).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) for scale in scales]
-    return min(
-        zip(scales, numbers, strict=True), key=lambda pair: float((importance * (pair[1] * pair[0] - row) ** 2).sum())
-    )[0]
+    scales = (least * (2 ** (np.arange(64) / 64)).astype(F32))[:, None]
+    numbers = (row * (F32(1) / scales)).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    return scales[(importance * (numbers * scales - row) ** 2).sum(1).argmin(), 0]
 
 
 def numbers_of(weight: QuantizedWeight) -> tuple[np.ndarray, np.ndarray]:
