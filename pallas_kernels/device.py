@@ -40,6 +40,11 @@ class Device:
     num_cores: int = 1
 
     @property
+    def multiplies_e4m3(self) -> bool:
+        """Whether it has products of 8-bit floats: NVIDIA's GPUs do from Ada and Hopper on."""
+        return self.compute_capability is not None and self.compute_capability >= (8, 9)
+
+    @property
     def slug(self) -> str:
         """Name of its folder of tuned configurations: "nvidia_h200"."""
         return re.sub(r"[^a-z0-9]+", "_", self.kind.lower()).strip("_")

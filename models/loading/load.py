@@ -27,8 +27,8 @@ from models.loading.source import Progress, TensorSource
 from models.quantization.checkpoints import checkpoint_format, kv_cache_dtype
 from models.quantization.format import WeightFormat, summary
 from models.quantization.gguf import Gguf
-from models.quantization.on_load import OnLoad
-from models.quantization.schemes import KEEP_BLOCKS, storages_of
+from models.quantization.on_load import OnLoad, storages_on_device
+from models.quantization.schemes import KEEP_BLOCKS
 from models.registry import resolve_family
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def load_model(
         return _loaded(config, params, quantization)
     if chosen == "dummy":
         config = read_config(path)
-        storages = None if quantization is None else storages_of(config, quantization)
+        storages = None if quantization is None else storages_on_device(config, quantization)
         params = dummy_parameters(config, resolve_dtype(dtype, config), seed, progress, storages)
         return _loaded(config, params, quantization)
     keeps_blocks = quantization == KEEP_BLOCKS  # `in (None, KEEP_BLOCKS)` would make it the default
@@ -122,7 +122,7 @@ def load_model(
                 f"This checkpoint is quantized already ({weight_format.name}): quantization={quantization!r} is for "
                 "full-precision ones. Leave it out."
             )
-        weight_format = OnLoad(quantization, storages_of(config, quantization))
+        weight_format = OnLoad.of(quantization, config, checkpoint.family.assemblies(config))
     params = assemble(checkpoint.family, config, checkpoint.open_tensors(), resolved, progress, weight_format)
     loaded = _loaded(config, params, None if weight_format is None else weight_format.name)
     return replace(loaded, kv_cache_dtype=checkpoint.kv_cache_dtype)

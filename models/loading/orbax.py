@@ -34,8 +34,8 @@ from models.loading.source import Progress
 from models.loading.transfer import NUM_THREADS, Packed, aligned_empty, shares, stream_to_device, total_bytes
 from models.parameters import output_sizes, parameter_shapes
 from models.quantization.format import packed_bytes
-from models.quantization.on_load import pack_parameter
-from models.quantization.schemes import Storage, storages_of
+from models.quantization.on_load import pack_parameter, storages_on_device
+from models.quantization.schemes import Storage, norm_of
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def load_checkpoint(
     """
     manifest = read_manifest(path)
     config, weights = manifest.config, path / WEIGHTS_NAME
-    storages = {} if quantization is None else storages_of(config, quantization)
+    storages = {} if quantization is None else storages_on_device(config, quantization)
     stored = resolve_dtype(manifest.dtype, config)
     served = stored if dtype == "auto" else resolve_dtype(dtype, config)
     layouts = {file.parent.name: _read_layout(file) for file in weights.glob("*/.zarray")}
@@ -133,7 +133,9 @@ def load_checkpoint(
         logger.info("%s is not stored as plain arrays: Orbax restores it", weights)
         restored = _restore_with_orbax(weights, config, served, progress)
         return config, {
-            name: _pack(name, array, config, storages[name]) if name in storages else array
+            name: _pack(name, array, config, storages[name], restored.get(norm_of(name) or ""))
+            if name in storages
+            else array
             for name, array in restored.items()
         }
 
@@ -147,18 +149,26 @@ def load_checkpoint(
             if buffer is not host:
                 host[...] = buffer
 
+        def norm_before(name: str) -> jax.Array | None:
+            norm = norm_of(name)
+            if norm is None or storages[name].num_scales == 1:
+                return None
+            host = np.empty(shapes[norm], stored)
+            fill(norm, host)
+            return jax.device_put(host)
+
         def pack(name: str) -> Weight:
             host = aligned_empty(shapes[name], stored)
             fill(name, host)
-            return _pack(name, jax.device_put(host), config, storages[name])
+            return _pack(name, jax.device_put(host), config, storages[name], norm_before(name))
 
         sizes = {name: packed_bytes(shapes[name], storage) for name, storage in storages.items()}
         return config, stream_to_device(shapes, served, fill, progress, Packed(sizes, pack))
 
 
-def _pack(name: str, matrix: jax.Array, config: ModelConfig, storage: Storage) -> Weight:
+def _pack(name: str, matrix: jax.Array, config: ModelConfig, storage: Storage, norm: jax.Array | None) -> Weight:
     try:
-        return pack_parameter(matrix, output_sizes(config, name), storage)
+        return pack_parameter(matrix, output_sizes(config, name), storage, norm)
     except WeightsError as error:
         raise WeightsError(f"{name}: {error}") from error
 

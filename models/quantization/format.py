@@ -101,7 +101,7 @@ def _joined(rows: Sequence[jax.Array | None]) -> jax.Array | None:
 
 def _alike(a: QuantizedWeight, b: QuantizedWeight) -> bool:
     """Whether two matrices can be one: the same numbers in the same groups, met by the same activations."""
-    rule, other_rule = ((m.kind, m.group_size, m.scales.dtype, m.input_limit) for m in (a, b))
+    rule, other_rule = ((m.kind, m.group_size, m.scales.dtype, m.input_limit, m.rotation) for m in (a, b))
     if rule != other_rule:
         return False
     if (a.offsets is None) != (b.offsets is None):
@@ -127,7 +127,8 @@ def summary(name: str, params: Mapping[str, Weight]) -> str:
         for part in weight.parts if isinstance(weight, MixedWeight) else (weight,):
             if isinstance(part, QuantizedWeight):
                 group = "a scale per output" if part.group_size < 0 else f"group {part.group_size}"
-                matrices = ways.setdefault(f"{part.kind}, {group}", [])
+                turned = f", inputs rotated by {part.rotation}" if part.rotation else ""
+                matrices = ways.setdefault(f"{part.kind}, {group}{turned}", [])
                 matrix = parameter.split(".")[-2]
                 if matrix not in matrices:
                     matrices.append(matrix)
@@ -150,6 +151,7 @@ def packed_struct(shape: tuple[int, ...], storage: Storage) -> QuantizedWeight:
         None,
         storage.kind,
         storage.group_size,
+        rotation=storage.rotation,
     )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from models.config import LayerConfig, ModelConfig
 from models.layers.rope import cos_sin, rotate
-from models.quantizer.types import QuantizedMatrix
+from models.quantizer.types import Made
 
 MATRICES = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
 Weights = Mapping[str, jax.Array]
@@ -132,7 +132,7 @@ class BlockProblem:
         return self.weights[f"{projection.matrix}.weight"][:, projection.start : projection.stop].T
 
 
-BlockResult = tuple[dict[str, QuantizedMatrix], dict[str, jax.Array]]
+BlockResult = tuple[dict[str, Made], dict[str, jax.Array]]
 """Module -> matrix, and parameters of the layer that changed besides."""
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.quantizer.types import QuantizedMatrix
+from models.quantizer.types import FP8_BLOCK, QuantizedMatrix
+from pallas_kernels.quantized_matmul import e4m3
 
 SHRINKS = tuple(float(factor) for factor in np.linspace(1.0, 0.6, 17))  # of a group's range, that a search tries
 
@@ -77,6 +78,19 @@ def search(
         best, scale = jnp.where(better, found, best), jnp.where(better, other, scale)
         zero = jnp.where(better, point, zero)
     return scale, zero
+
+
+def round_to_float(matrix: jax.Array, scale: jax.Array) -> jax.Array:
+    """Numbers of e4m3, as float32: the nearest to matrix / scale."""
+    return e4m3.nearest(jnp.clip(matrix / scale, -e4m3.LARGEST, e4m3.LARGEST))
+
+
+@jax.jit
+def block_scales(columns: jax.Array) -> jax.Array:
+    """Scales [ceil(N / 128)] of columns [N, at most 128]: a block's largest magnitude becomes the largest number."""
+    n = columns.shape[0]
+    padded = jnp.pad(jnp.abs(columns), ((0, -n % FP8_BLOCK), (0, 0)))
+    return jnp.maximum(padded.reshape(-1, FP8_BLOCK * columns.shape[1]).max(-1), 1e-12) / e4m3.LARGEST
 
 
 def as_matrix(

@@ -134,12 +134,6 @@ class _Layer:
     def _make(self, problem: BlockProblem) -> tuple[dict[str, np.ndarray], dict[str, jax.Array], bool]:
         """Tensors of the matrices, the layer's weights as these say, and whether others changed too."""
         tensors: dict[str, np.ndarray] = {}
-        if self.settings.format == "fp8":
-            made = dict(problem.weights)
-            for projection in self.projections:
-                tensors |= formats.fp8(projection.module, np.asarray(problem.part(projection)))
-                made = with_part(made, projection, jnp.asarray(formats.fp8_values(tensors, projection.module)))
-            return tensors, made, False
         found, changed = METHODS[self.settings.method](problem, self.settings)
         made = {**problem.weights, **changed}
         for projection in self.projections:

@@ -8,6 +8,7 @@ import numpy as np
 
 from models.errors import UnsupportedModelError
 
+FP8_BLOCK = 128  # outputs and inputs that share a scale of 8-bit floats
 METHODS = ("rtn", "gptq", "awq", "autoround")
 FORMATS = ("gptq", "awq", "compressed-tensors", "fp8")
 BITS = (2, 3, 4, 8)
@@ -36,6 +37,7 @@ class Settings:
         damp: added to the diagonal of a Hessian, relative to its mean (GPTQ).
         num_samples, seq_len: calibration sequences, and tokens of each.
         steps, batch_size: of the descent (AutoRound).
+        awq_scales: whether AWQ's scales are folded in before it (AutoRound).
         seed: of all that is random.
 
     Raises:
@@ -53,6 +55,7 @@ class Settings:
     seq_len: int = 512
     steps: int = 200
     batch_size: int = 8
+    awq_scales: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,10 +72,17 @@ class Settings:
         _check(
             not self.act_order or self.method == "gptq", f"act_order is GPTQ's; {self.method} takes columns in order."
         )
+        _check(
+            not self.awq_scales or self.method == "autoround",
+            f"awq_scales go before autoround; {self.method} has its own way.",
+        )
         if self.format == "awq":
             _check(self.bits == 4 and not self.act_order, "format awq has 4 bits and columns in order.")
         if self.format == "fp8":
-            _check(self.method == "rtn" and self.bits == 8, "format fp8 is 8-bit floats, rounded: method rtn, bits 8.")
+            _check(
+                self.method in ("rtn", "gptq") and self.bits == 8 and not self.act_order,
+                "format fp8 is 8-bit floats, columns in order: method rtn or gptq, bits 8.",
+            )
 
     @property
     def scale_dtype(self) -> str:
@@ -117,3 +127,24 @@ class QuantizedMatrix:
         """float32[N, K]."""
         groups = self.groups
         return (self.codes.astype(np.float32) - self.zeros[:, groups]) * self.scales[:, groups]
+
+
+@dataclass(frozen=True)
+class FloatMatrix:
+    """One projection as 8-bit floats with a scale for each block of 128x128; the last may be short.
+
+    Attributes:
+        numbers: float32[N, K], each of them one of e4m3.
+        scales: float32[ceil(N / 128), ceil(K / 128)].
+    """
+
+    numbers: np.ndarray
+    scales: np.ndarray
+
+    def values(self) -> np.ndarray:
+        """float32[N, K]."""
+        n, k = self.numbers.shape
+        return self.numbers * np.repeat(np.repeat(self.scales, FP8_BLOCK, 0)[:n], FP8_BLOCK, 1)[:, :k]
+
+
+Made = QuantizedMatrix | FloatMatrix

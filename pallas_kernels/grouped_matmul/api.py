@@ -53,12 +53,14 @@ def grouped_matmul(
         [T, N]; rows after the last expert's are 0.
 
     Raises:
-        ValueError: shapes that do not meet.
+        ValueError: shapes that do not meet; a weight whose inputs are rotated.
     """
     packed = isinstance(weight, QuantizedWeight)
     shape = (*weight.stored.shape[:-2], weight.k, weight.n) if packed else weight.shape
     if x.ndim != 2 or len(shape) != 3 or x.shape[1] != shape[1] or group_sizes.shape != shape[:1]:
         raise ValueError(f"rows {x.shape} and groups {group_sizes.shape} do not meet a weight of {shape} ([E, K, N])")
+    if isinstance(weight, QuantizedWeight) and weight.rotation:
+        raise ValueError(f"a weight with inputs turned in blocks of {weight.rotation}: experts have none")
     problem = grouped_problem_of(x, weight, out_dtype)
     chosen = OP.choose(implementation, problem)
     return chosen.functions["run"](x, weight, group_sizes, jnp.dtype(problem.product.out_dtype))

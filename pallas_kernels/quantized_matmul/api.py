@@ -21,6 +21,7 @@ from pallas_kernels.quantized_matmul import native_cpu, pallas_mosaic_gpu, refer
 from pallas_kernels.quantized_matmul.config import prefers_xla
 from pallas_kernels.quantized_matmul.gpu_cases import gpu_cases
 from pallas_kernels.quantized_matmul.problem import problem_of
+from pallas_kernels.quantized_matmul.rotation import rotate
 from pallas_kernels.quantized_matmul.weight import QuantizedWeight
 
 
@@ -71,6 +72,9 @@ def quantized_matmul(
         x, weight = jnp.take(x, weight.input_order, axis=1), replace(weight, input_order=None)
     if weight.input_limit is not None:
         x, weight = jnp.clip(x, -weight.input_limit, weight.input_limit), replace(weight, input_limit=None)
+    out_dtype = out_dtype or x.dtype
+    if weight.rotation:
+        x, weight = rotate(x, weight.rotation), replace(weight, rotation=0)
     problem = problem_of(x, weight, out_dtype)
     chosen = OP.choose(implementation, problem)
     return chosen.functions["run"](x, weight, jnp.dtype(problem.out_dtype))

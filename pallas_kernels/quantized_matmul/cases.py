@@ -13,7 +13,9 @@ from pallas_kernels.quantized_matmul.weight import QuantizedWeight, from_dense
 
 @dataclass(frozen=True)
 class Case:
-    """One product; fields as in `QuantizedMatmulProblem`, `rows_per_scale` as in `repack`."""
+    """One product; fields as in `QuantizedMatmulProblem`, `rows_per_scale` as in `repack`, `rotation` as in
+    `QuantizedWeight`.
+    """
 
     name: str
     m: int
@@ -24,6 +26,7 @@ class Case:
     zero_points: bool = False
     rows_per_scale: int = 1
     scale_dtype: str = "float32"
+    rotation: int = 0
 
     def weight(self, rng: np.random.Generator) -> QuantizedWeight:
         """Random weights of variance 1/K, each output with a magnitude and (groups) each group with an offset of its
@@ -41,6 +44,7 @@ class Case:
             zero_points=self.zero_points,
             rows_per_scale=self.rows_per_scale,
             scale_dtype=self.scale_dtype,
+            rotation=self.rotation,
         )
 
     def activations(self, rng: np.random.Generator, dtype: Any) -> Any:
@@ -67,6 +71,8 @@ CASES: tuple[Case, ...] = (
     Case("w8a8, odd shapes", 7, 100, 37, "w8a8"),
     Case("w8a8, group 128", 4, 256, 128, "w8a8", 128),
     Case("w8a8, prompt", 256, 128, 128, "w8a8"),
+    Case("w8a8, rotated, one row", 1, 192, 128, "w8a8", rotation=64),
+    Case("w8a8, rotated by 32, odd shapes", 7, 96, 37, "w8a8", rotation=32),
     Case("fp8 x fp8", 8, 256, 128, "w8a8_fp8"),
     Case("fp8 x fp8, blocks, one row", 1, 256, 192, "w8a8_fp8", 128, rows_per_scale=128),
     Case("fp8 x fp8, blocks", 130, 384, 128, "w8a8_fp8", 128, rows_per_scale=128, scale_dtype="bfloat16"),

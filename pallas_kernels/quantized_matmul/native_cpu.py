@@ -12,19 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import native
 from pallas_kernels.device import Device
+from pallas_kernels.quantized_matmul import e4m3
 from pallas_kernels.quantized_matmul.activations import quantize_activations
 from pallas_kernels.quantized_matmul.problem import QuantizedMatmulProblem
 from pallas_kernels.quantized_matmul.weight import KINDS, QuantizedWeight
 
 PADDED = 32  # rows of activations are padded to a multiple of it
 MOST_ROWS_WITHOUT_DOTS = 16
-_MAX_FP8 = 448.0
-_LEAST_NORMAL_FP8 = 2.0**-6
-_LEAST_STEP_FP8 = 2.0**-9
 
 
 def device_reason(device: Device) -> str | None:
@@ -89,14 +86,9 @@ def _product(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array
 
 
 def _as_fp8(x: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
-    """`quantize_activations` to e4m3, bit for bit, with the numbers as float32: XLA's conversions to and from 8-bit
-    floats run one number at a time on a CPU.
-    """
+    """`quantize_activations` to e4m3, bit for bit, with the numbers as float32."""
     rows, k = x.shape
     wide = x.astype(jnp.float32).reshape(rows, -1, k if group_size < 0 else group_size)
-    scales = jnp.abs(wide).max(-1) / _MAX_FP8
-    numbers = jnp.clip(wide / jnp.where(scales == 0, 1.0, scales)[..., None], -_MAX_FP8, _MAX_FP8)
-    normal = lax.reduce_precision(numbers, exponent_bits=8, mantissa_bits=3)
-    subnormal = jnp.round(numbers * (1 / _LEAST_STEP_FP8)) * _LEAST_STEP_FP8
-    numbers = jnp.where(jnp.abs(numbers) < _LEAST_NORMAL_FP8, subnormal, normal)
-    return numbers.reshape(rows, k), scales
+    scales = jnp.abs(wide).max(-1) / e4m3.LARGEST
+    numbers = jnp.clip(wide / jnp.where(scales == 0, 1.0, scales)[..., None], -e4m3.LARGEST, e4m3.LARGEST)
+    return e4m3.nearest(numbers).reshape(rows, k), scales

@@ -12,6 +12,7 @@
   aligned bytes that a bulk copy can fetch. Scales of a tensor, of a shard of fused weights or of 128x128 blocks are
   repeated along N: 3 % more bytes for blocks, and no rule about shards that end inside a block.
 - Scales keep the checkpoint's dtype (float32, bfloat16, float16) and may be negative.
+- Inputs may be turned in blocks (`rotation.py`): then the stored matrix is the turned one.
 - Groups lie side by side. Where a checkpoint's do not (activation order), inputs are put in the groups' order once, at
   load, and `input_order` says which activation meets which.
 """
@@ -23,6 +24,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.quantized_matmul.e4m3 import least_error_scales
+from pallas_kernels.quantized_matmul.rotation import rotate
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class QuantizedWeight:
         static: how activations are quantized; None = by each token's largest (kinds that quantize them at all).
         input_limit: activations are kept between minus and plus this much before they are quantized; None = as they
             are.
+        rotation: inputs of a block that are turned together (`rotation.rotate`) once they are in order and limited;
+            0 = none.
     """
 
     stored: jax.Array
@@ -99,6 +105,7 @@ class QuantizedWeight:
     input_order: jax.Array | None = None
     static: StaticActivations | None = None
     input_limit: float | None = field(default=None, metadata={"static": True})
+    rotation: int = field(default=0, metadata={"static": True})
 
     @property
     def k(self) -> int:
@@ -199,6 +206,9 @@ def from_dense(
     zero_points: bool = False,
     rows_per_scale: int = 1,
     scale_dtype: Any = jnp.float32,
+    rotation: int = 0,
+    num_scales: int = 1,
+    importance: jax.Array | None = None,
 ) -> QuantizedWeight:
     """Rounds dense weights to the nearest numbers: `weight * (1 / scale)` with `scale = largest weight * (1 / largest
     number)`. XLA makes products of divisions by what many elements share, on some devices and in some fusions; written
@@ -209,9 +219,12 @@ def from_dense(
         kind, group_size, rows_per_scale: see `repack`.
         zero_points: whether a group's range may lie off zero (integers only).
         scale_dtype: of the scales; numbers are rounded with the scales as stored.
+        rotation: inputs of a block that are turned together; 0 = none.
+        num_scales: candidates among which each scale is chosen by the squared error (floats only); 1 = none.
+        importance: float[K], of each input's squared errors; None = all alike.
 
     Raises:
-        ValueError: as in `repack`.
+        ValueError: as in `repack`; or a rotation or candidates that the kind or K does not have.
     """
     wide = jnp.swapaxes(weight.astype(jnp.float32), -1, -2)
     n, k = wide.shape[-2:]
@@ -222,30 +235,36 @@ def from_dense(
     is_int = rule.dtype.startswith("int")
     if zero_points and not is_int:
         raise ValueError(f"{kind} has no zero points: its numbers are floats")
+    if num_scales > 1 and is_int:
+        raise ValueError(f"{kind} has no scales to choose among: its numbers are integers")
+    wide = rotate(wide, rotation) if rotation else wide
     padded = jnp.pad(wide, [(0, 0)] * (wide.ndim - 2) + [(0, rows * rows_per_scale - n), (0, 0)])
     blocks = padded.reshape(*wide.shape[:-2], rows, rows_per_scale, k // size, size)
-    if zero_points:  # numbers run over the full signed range, -2^(b-1) .. 2^(b-1) - 1; 0 must be one of them
-        low, high = jnp.minimum(blocks.min((-3, -1)), 0.0), jnp.maximum(blocks.max((-3, -1)), 0.0)
-        smallest, largest = -(2.0 ** (rule.bits - 1)), 2.0 ** (rule.bits - 1) - 1
-        scale = ((high - low) * (1.0 / (largest - smallest))).astype(scale_dtype)
-        inverse = 1.0 / jnp.where(scale == 0, 1.0, scale.astype(jnp.float32))
-        zero = jnp.clip(jnp.round(smallest - low * inverse), smallest, largest)
-    else:
-        smallest, largest = -rule.largest, rule.largest
-        scale = (jnp.abs(blocks).max((-3, -1)) * (1.0 / largest)).astype(scale_dtype)
-        inverse = 1.0 / jnp.where(scale == 0, 1.0, scale.astype(jnp.float32))
-        zero = jnp.zeros_like(inverse)
+    scale, zero = _scales(blocks, rule, zero_points, scale_dtype if num_scales == 1 else jnp.float32)
+    if num_scales > 1:
+        weights = None if importance is None else importance.astype(jnp.float32).reshape(-1, size)
+        scale = least_error_scales(blocks, scale, weights, scale_dtype, num_scales)
+    inverse = 1.0 / jnp.where(scale == 0, 1.0, scale.astype(jnp.float32))
+    zero = jnp.zeros_like(inverse) if zero is None else zero
     numbers = blocks * inverse[..., :, None, :, None] + zero[..., :, None, :, None]
-    numbers = jnp.clip(jnp.round(numbers) if is_int else numbers, smallest, largest)
+    smallest = -(2.0 ** (rule.bits - 1)) if zero_points else -rule.largest
+    numbers = jnp.clip(jnp.round(numbers) if is_int else numbers, smallest, rule.largest)
     stored = numbers.reshape(padded.shape)[..., :n, :]
-    return repack(
-        stored,
-        scale,
-        zero if zero_points else None,
-        kind=kind,
-        group_size=group_size,
-        rows_per_scale=rows_per_scale,
-    )
+    zeros = zero if zero_points else None
+    packed = repack(stored, scale, zeros, kind=kind, group_size=group_size, rows_per_scale=rows_per_scale)
+    return replace(packed, rotation=rotation)
+
+
+def _scales(blocks: jax.Array, rule: Kind, zero_points: bool, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Scales in `dtype` and float32 zero points [..., R, G] of blocks [..., R, r, G, g], by their largest numbers."""
+    if not zero_points:
+        return (jnp.abs(blocks).max((-3, -1)) * (1.0 / rule.largest)).astype(dtype), None
+    # Numbers run over the full signed range, -2^(b-1) .. 2^(b-1) - 1; 0 must be one of them.
+    low, high = jnp.minimum(blocks.min((-3, -1)), 0.0), jnp.maximum(blocks.max((-3, -1)), 0.0)
+    smallest, largest = -(2.0 ** (rule.bits - 1)), 2.0 ** (rule.bits - 1) - 1
+    scale = ((high - low) * (1.0 / (largest - smallest))).astype(dtype)
+    inverse = 1.0 / jnp.where(scale == 0, 1.0, scale.astype(jnp.float32))
+    return scale, jnp.clip(jnp.round(smallest - low * inverse), smallest, largest)
 
 
 def dequantize(weight: QuantizedWeight, dtype: Any = jnp.float32) -> jax.Array:
@@ -257,5 +276,6 @@ def dequantize(weight: QuantizedWeight, dtype: Any = jnp.float32) -> jax.Array:
     wide = wide * jnp.swapaxes(weight.scales, -1, -2)[..., None].astype(jnp.float32)
     if weight.offsets is not None:
         wide = wide + jnp.swapaxes(weight.offsets, -1, -2)[..., None].astype(jnp.float32)
-    values = wide.reshape(weight.stored.shape).astype(dtype)
+    wide = wide.reshape(weight.stored.shape)
+    values = (rotate(wide, weight.rotation) if weight.rotation else wide).astype(dtype)
     return values if weight.input_order is None else values[..., jnp.argsort(weight.input_order)]

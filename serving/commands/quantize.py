@@ -38,6 +38,7 @@ def set_up(parser: argparse.ArgumentParser, quantize: ModelQuantizer) -> None:
     signs.add_argument("--asym", dest="sym", action="store_false", help="zero points")
     parser.add_argument("--format", choices=FORMATS, default=_DEFAULTS.format, help="of the checkpoint")
     parser.add_argument("--act-order", action="store_true", help="columns in the order of their weight (gptq)")
+    parser.add_argument("--awq-scales", action="store_true", help="AWQ's scales first (autoround)")
     parser.add_argument("--damp", type=float, default=_DEFAULTS.damp, help="of Hessians, relative (gptq)")
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE", help=".txt, or .jsonl with a field text; default: Quire's own text"

@@ -11,13 +11,14 @@ from engine.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow
 
-# Largest growth of perplexity over that in float32, and largest divergence in nats. Seen: 0.0050 and 0.0035, 0.0397 and
-# 0.0340, 0.0216 and 0.0311, 0.510 and 0.572. The divergence hardly depends on the text, the growth's standard error is
-# 0.0014, 0.0045, 0.0043 and 0.026 (docs/quantization.md says where it comes from).
+# Largest growth of perplexity over that in float32, and largest divergence in nats. Seen: 0.0050 and 0.0035, 0.0016 and
+# 0.0046, 0.0054 and 0.0128, 0.510 and 0.572. The divergence hardly depends on the text, the growth's standard error is
+# 0.0014, 0.0016, 0.0026 and 0.026 (docs/quantization.md says where it comes from). `fp8` is that of a CPU: activations
+# are not rounded.
 LARGEST = {
     "int8": (0.01, 0.005),
-    "int8_w8a8": (0.055, 0.045),
-    "fp8": (0.035, 0.042),
+    "int8_w8a8": (0.01, 0.007),
+    "fp8": (0.01, 0.017),
     "int4_g64": (0.60, 0.70),
 }
 

@@ -22,6 +22,7 @@ from pallas_kernels.quantized_matmul import (
     xla,
 )
 from pallas_kernels.quantized_matmul.cases import CASES, GPU_CASES, Case
+from pallas_kernels.quantized_matmul.rotation import rotate
 
 # Of the largest result. float32 differs by the order of sums; 16-bit activations meet group-scaled weights that were
 # rounded to the same 16 bits (2^-9 or 2^-12 each, random signs), and both grow with nothing but the sum's own size.
@@ -39,6 +40,8 @@ def independent(x: np.ndarray, weight: QuantizedWeight) -> np.ndarray:
     values = (stored - zeros[group].T) * scales[group].T
     dtype = KINDS[weight.kind].activations
     x = x.astype(np.float64)
+    if weight.rotation:
+        x = (x @ turning(weight.k, weight.rotation)).astype(np.float32).astype(np.float64)
     if dtype is not None:
         limit = 127.0 if dtype == "int8" else 448.0
         for g in range(group.max() + 1):
@@ -47,6 +50,15 @@ def independent(x: np.ndarray, weight: QuantizedWeight) -> np.ndarray:
             rounded = np.rint(numbers) if dtype == "int8" else numbers.astype(jnp.float8_e4m3fn)
             x[:, group == g] = rounded.astype(np.float64) * scale
     return x @ values.T
+
+
+def turning(k: int, size: int) -> np.ndarray:
+    """[K, K]: entry by entry, the sign is the parity of the bits that two places of a block share."""
+    matrix = np.zeros((k, k))
+    for i in range(k):
+        for j in range(i // size * size, (i // size + 1) * size):
+            matrix[i, j] = (-1) ** (i % size & j % size).bit_count() / np.sqrt(size)
+    return matrix
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -161,6 +173,105 @@ def test_zero_points_reach_the_ends_of_their_range() -> None:
     np.testing.assert_array_equal(weight.zero_points, [[-8, 7, -8]])
     np.testing.assert_array_equal(dequantize(weight)[:, -1], 0)
     np.testing.assert_array_equal(dequantize(weight)[2], 0)
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_turned_weights_stand_for_the_same_values(size: int) -> None:
+    rng = np.random.default_rng(13)
+    dense = rng.standard_normal((192, 24)).astype(np.float32)
+    weight = from_dense(jnp.asarray(dense), "w8a8", rotation=size)
+    turned = turning(192, size) @ dense
+    scales = np.asarray(weight.scales)
+    np.testing.assert_allclose(scales[0], np.abs(turned).max(0) / 127, rtol=1e-6)
+    # A number on the edge between two roundings may fall to either side.
+    assert np.abs(np.asarray(weight.stored, np.float32).T * scales - turned).max() <= 0.5001 * scales.max()
+    assert np.abs(np.asarray(dequantize(weight)).T - dense).max() < 0.5 * scales.max() * np.sqrt(size)
+    assert np.abs(np.asarray(dequantize(weight)).T - dense).std() < 0.31 * scales.mean()
+
+
+def test_a_large_activation_takes_no_range_from_the_others() -> None:
+    """What rotation is for: one input 300 times as large as the others, and hardly any weight on it."""
+    rng = np.random.default_rng(14)
+    x, dense = rng.standard_normal((16, 256)), rng.standard_normal((256, 64))
+    x[:, 37] *= 300
+    dense[37] *= 1e-3
+    x, dense = jnp.asarray(x, jnp.float32), jnp.asarray(dense, jnp.float32)
+    expected = np.asarray(jnp.matmul(x, dense, precision="highest"))
+
+    def error(rotation: int) -> float:
+        found = np.asarray(call(x, from_dense(dense, "w8a8", rotation=rotation)))
+        return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+
+    assert error(64) < 0.35 * error(0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_rotation_is_that_of_the_matrix_and_of_each_row(size: int, dtype: str) -> None:
+    rng = np.random.default_rng(16)
+    x = jnp.asarray(rng.standard_normal((37, 192)) * rng.uniform(0.1, 30, (37, 1)), dtype)
+    run = jax.jit(rotate, static_argnums=1)
+    whole = np.asarray(run(x, size), np.float32)
+    bound = 3e-6 if dtype == "float32" else 2.0**-8
+    expected = np.asarray(x, np.float64) @ turning(192, size)
+    assert (np.abs(whole - expected) <= bound * (np.abs(expected) + np.abs(x).max(1, keepdims=True) * 0.2)).all()
+    for first, last in ((0, 1), (5, 9), (20, 37)):
+        assert np.array_equal(np.asarray(run(x[first:last], size), np.float32), whole[first:last])
+
+
+def test_rotated_float16_does_not_overflow() -> None:
+    """64 inputs of 30,000 of one sign turn into one of 240,000; the result is in range again."""
+    weight = from_dense(jnp.full((64, 8), 2.0**-10), "w8a8", rotation=64)
+    found = call(jnp.full((2, 64), 30000.0, jnp.float16), weight)
+    assert found.dtype == jnp.float16
+    np.testing.assert_allclose(np.asarray(found, np.float32), 1875.0, rtol=0.01)
+
+
+@pytest.mark.parametrize("rotation", [8, 24, 48, 128])
+def test_rotations_that_are_none(rotation: int) -> None:
+    with pytest.raises(ValueError, match=f"rotation of {rotation} inputs"):
+        from_dense(jnp.ones((192, 8)), "w8a8", rotation=rotation)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "rows", "scale_dtype"), [(-1, 1, "float32"), (64, 1, "bfloat16"), (64, 8, "float32")]
+)
+def test_scales_that_lose_least(group_size: int, rows: int, scale_dtype: str) -> None:
+    """Each scale is one of the candidates, and none of the others loses less, by numpy in float64."""
+    rng = np.random.default_rng(15)
+    dense = rng.standard_normal((192, 16)).astype(np.float32)
+    dense[:, 5] = 0
+    importance = rng.uniform(0.1, 10, 192).astype(np.float32)
+    count = 8
+    weight = from_dense(
+        jnp.asarray(dense), "w8a16_fp8", group_size, rows_per_scale=rows, scale_dtype=jnp.dtype(scale_dtype),
+        num_scales=count, importance=jnp.asarray(importance),
+    )  # fmt: skip
+    size, chosen = 192 if group_size < 0 else group_size, set()
+    for first in range(0, 16, rows):
+        for start in range(0, 192, size):
+            part = dense[start : start + size, first : first + rows]
+            each = importance[start : start + size, None]
+            losses = {}
+            for index in range(count):
+                scale = np.float32(np.abs(part).max() * np.float32(1 / 448)) * np.float32(2 ** (index / count))
+                scale = np.float32(scale.astype(jnp.dtype(scale_dtype)))
+                numbers = (part / (scale or 1)).astype(jnp.float8_e4m3fn).astype(np.float64)
+                losses[scale] = float((each * (numbers * scale - part) ** 2).sum())
+            found = set(np.asarray(weight.scales, np.float32)[start // size, first : first + rows].tolist())
+            assert len(found) == 1
+            (scale,) = found
+            assert any(abs(scale - other) <= 1e-6 * other for other in losses)
+            assert min(loss for other, loss in losses.items() if abs(scale - other) <= 1e-6 * other) <= min(
+                losses.values()
+            ) * (1 + 1e-5)
+            chosen.add(round(float(scale / (np.abs(part).max() or 1) * 448), 2))
+    assert len(chosen) > 2  # others than the largest number's own
+
+
+def test_integers_have_no_scales_to_choose_among() -> None:
+    with pytest.raises(ValueError, match="no scales to choose"):
+        from_dense(jnp.ones((64, 8)), "w8a16", num_scales=8)
 
 
 def test_repack_scales() -> None:

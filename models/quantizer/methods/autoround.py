@@ -5,6 +5,9 @@ its range. Signed gradient descent with a rate that falls to 0 makes the block's
 precision; what did best on the way is kept. Rounding passes gradients through.
 
     code = clip(round(w / scale + V) + zero),   scale and zero of [factor * min, factor * max]
+
+Two steps see different sequences, some of which are harder than others: what did best is what lost least of what
+rounding to nearest loses on the same sequences. With `awq_scales` AWQ's scales are folded in first.
 """
 
 from __future__ import annotations
@@ -19,17 +22,19 @@ import optax
 from jax import lax
 
 from models.quantizer import grid
-from models.quantizer.blocks import BlockProblem, BlockRunner, Projection, with_part
-from models.quantizer.types import QuantizedMatrix, Settings
+from models.quantizer.blocks import BlockProblem, BlockResult, BlockRunner, Projection, with_part
+from models.quantizer.methods import awq
+from models.quantizer.types import Made, Settings
 
 Learned = dict[str, dict[str, jax.Array]]  # module -> offsets [N, G, g], factors "low" and "high" [N, G]
 
 
-def quantize_block(
-    problem: BlockProblem, settings: Settings
-) -> tuple[dict[str, QuantizedMatrix], dict[str, jax.Array]]:
-    """Module -> matrix; and no other parameter changes."""
+def quantize_block(problem: BlockProblem, settings: Settings) -> BlockResult:
+    """Module -> matrix; and parameters that took AWQ's scales in, if there are any."""
     target = problem.runner.forward(problem.weights, problem.x_full)
+    changed: dict[str, jax.Array] = {}
+    if settings.awq_scales:
+        problem, changed = awq.folded(problem, settings)
     seed = jax.random.key(settings.seed)
     learned, _ = _descend(
         problem.runner,
@@ -41,13 +46,13 @@ def quantize_block(
         target,
         seed,
     )
-    found = {}
+    found: dict[str, Made] = {}
     for projection in problem.projections:
         values = learned[projection.module]
         codes, scale, zero = _codes(problem.part(projection), values, settings, problem.scale_dtype)
         flat = np.asarray(codes).reshape(codes.shape[0], -1)
         found[projection.module] = grid.as_matrix(flat, scale, zero, settings.bits, settings.group_size)
-    return found, {}
+    return found, changed
 
 
 def _start(matrix: jax.Array, settings: Settings) -> dict[str, jax.Array]:
@@ -92,12 +97,13 @@ def _descend(
     target: jax.Array,
     seed: jax.Array,
 ) -> tuple[Learned, jax.Array]:
-    """What did best, and its loss; layers of one shape share what is compiled."""
+    """What did best, and its loss over that of rounding to nearest; layers of one shape share what is compiled."""
 
     def part(projection: Projection) -> jax.Array:
         return weights[f"{projection.matrix}.weight"][:, projection.start : projection.stop].T
 
-    def loss(learned: Learned, samples: jax.Array) -> jax.Array:
+    def losses(learned: Learned, samples: jax.Array) -> jax.Array:
+        """Of each sample, [S]."""
         made = weights
         for projection in projections:
             matrix = part(projection)
@@ -105,17 +111,22 @@ def _descend(
             values = ((codes - zero[..., None]) * scale[..., None]).reshape(matrix.shape)
             made = with_part(made, projection, values)
         error = runner.forward(made, x[samples]) - target[samples]
-        return jnp.mean(error * error)
+        return jnp.mean(error * error, axis=(1, 2))
+
+    def loss(learned: Learned, samples: jax.Array) -> jax.Array:
+        return losses(learned, samples).mean()
 
     rate = optax.linear_schedule(1.0 / settings.steps, 0.0, settings.steps)
     optimizer = optax.sign_sgd(rate)
     learned = {p.module: _start(part(p), settings) for p in projections}
     count = min(settings.batch_size, x.shape[0])
+    nearest = lax.map(lambda sample: losses(learned, sample[None])[0], jnp.arange(x.shape[0]))
 
     def step(index: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         learned, state, best, best_loss = carry
         samples = jax.random.choice(jax.random.fold_in(seed, index), x.shape[0], (count,), replace=False)
         lost, gradient = jax.value_and_grad(loss)(learned, samples)
+        lost = lost / nearest[samples].mean()
         better = lost < best_loss
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), learned, best)
         updates, state = optimizer.update(gradient, state)

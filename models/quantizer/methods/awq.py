@@ -9,6 +9,7 @@ that loses least is searched for, and then how far each group's range is cut.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -16,22 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.quantizer import grid
-from models.quantizer.blocks import BlockProblem, gram_of
-from models.quantizer.types import QuantizedMatrix, Settings
+from models.quantizer.blocks import BlockProblem, BlockResult, gram_of
+from models.quantizer.types import Made, Settings
 
 EXPONENTS = tuple(float(a) for a in np.arange(20) / 20)
 _ROTATED = ("q_proj", "k_proj")  # whose ranges are not cut: attention is sensitive to them
 
 
-def quantize_block(
-    problem: BlockProblem, settings: Settings
-) -> tuple[dict[str, QuantizedMatrix], dict[str, jax.Array]]:
+def quantize_block(problem: BlockProblem, settings: Settings) -> BlockResult:
     """Module -> matrix, and parameters that took the scales in."""
-    weights = fold(problem, settings)
-    inputs = problem.runner.inputs(weights, problem.x)
-    found = {}
+    problem, changed = folded(problem, settings)
+    inputs = problem.runner.inputs(problem.weights, problem.x)
+    found: dict[str, Made] = {}
     for projection in problem.projections:
-        part = weights[f"{projection.matrix}.weight"][:, projection.start : projection.stop].T
+        part = problem.part(projection)
         is_rotated = projection.module.endswith(_ROTATED)
         gram = None if is_rotated else _blocks_of(inputs[projection.matrix], settings.group_size)
         groups = grid.grouped(part, settings.group_size)
@@ -42,11 +41,18 @@ def quantize_block(
             scale, zero = grid.search(groups, gram, bits=settings.bits, sym=settings.sym, dtype=problem.scale_dtype)
         codes = grid.round_to(groups, scale[..., None], zero[..., None], settings.bits).reshape(part.shape)
         found[projection.module] = grid.as_matrix(codes, scale, zero, settings.bits, settings.group_size)
-    changed = {name: value for name, value in weights.items() if not name.endswith(_MATRIX_ENDINGS)}
-    return found, {name: value for name, value in changed.items() if value is not problem.weights[name]}
+    return found, changed
 
 
 _MATRIX_ENDINGS = ("qkv.weight", "attn.o.weight", "gate_up.weight", "down.weight")
+
+
+def folded(problem: BlockProblem, settings: Settings) -> tuple[BlockProblem, dict[str, jax.Array]]:
+    """The block with scales folded in, and which of its parameters changed besides the matrices."""
+    weights = fold(problem, settings)
+    others = {name: value for name, value in weights.items() if not name.endswith(_MATRIX_ENDINGS)}
+    changed = {name: value for name, value in others.items() if value is not problem.weights[name]}
+    return replace(problem, weights=weights), changed
 
 
 def fold(problem: BlockProblem, settings: Settings) -> dict[str, jax.Array]:

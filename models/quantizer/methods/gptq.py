@@ -18,21 +18,24 @@ import numpy as np
 from jax import lax
 
 from models.quantizer import grid
-from models.quantizer.blocks import MATRICES, BlockProblem, gram_of, with_part
-from models.quantizer.types import QuantizedMatrix, Settings
+from models.quantizer.blocks import MATRICES, BlockProblem, BlockResult, gram_of, with_part
+from models.quantizer.types import FP8_BLOCK, FloatMatrix, Made, QuantizedMatrix, Settings
 
 COLUMNS = 128  # rounded between two updates of all that follow
 
 
-def quantize_block(
-    problem: BlockProblem, settings: Settings
-) -> tuple[dict[str, QuantizedMatrix], dict[str, jax.Array]]:
+def quantize_block(problem: BlockProblem, settings: Settings) -> BlockResult:
     """Module -> matrix; and no other parameter changes."""
-    weights, found = dict(problem.weights), {}
+    weights = dict(problem.weights)
+    found: dict[str, Made] = {}
     for matrix in MATRICES:
         gram = gram_of(problem.runner.inputs(weights, problem.x)[matrix])
         for projection in problem.of(matrix):
-            quantized = quantize(problem.part(projection), gram, settings, problem.scale_dtype)
+            part = problem.part(projection)
+            if settings.format == "fp8":
+                quantized: Made = quantize_to_floats(part, gram, settings)
+            else:
+                quantized = quantize(part, gram, settings, problem.scale_dtype)
             found[projection.module] = quantized
             weights = with_part(weights, projection, jnp.asarray(quantized.values()))
     return found, {}
@@ -45,10 +48,7 @@ def quantize(matrix: jax.Array, gram: jax.Array, settings: Settings, scale_dtype
     side by side and their scales are chosen beforehand.
     """
     k = matrix.shape[1]
-    hessian = np.array(gram, np.float64)
-    dead = np.diag(hessian) == 0
-    hessian[dead, dead] = 1.0
-    matrix = jnp.where(jnp.asarray(dead), 0.0, matrix)
+    hessian, matrix = _without_dead(gram, matrix)
     order = np.argsort(-np.diag(hessian), kind="stable") if settings.act_order else np.arange(k)
     size = k if settings.group_size < 0 else settings.group_size
     is_static = settings.act_order and settings.format != "gptq"
@@ -78,6 +78,33 @@ def quantize(matrix: jax.Array, gram: jax.Array, settings: Settings, scale_dtype
     return grid.as_matrix(found, scale, zero, settings.bits, settings.group_size, group_of)
 
 
+def quantize_to_floats(matrix: jax.Array, gram: jax.Array, settings: Settings) -> FloatMatrix:
+    """The same as 8-bit floats; a block's scale is chosen when its first column is reached."""
+    n, k = matrix.shape
+    hessian, work = _without_dead(gram, matrix)
+    factor = _factor(hessian, settings.damp)
+    numbers, scales = [], []
+    for start in range(0, k, FP8_BLOCK):
+        stop = min(start + FP8_BLOCK, k)
+        scales.append(grid.block_scales(work[:, start:stop]))
+        scale = jnp.broadcast_to(jnp.repeat(scales[-1], FP8_BLOCK)[:n, None], (n, stop - start))
+        part, errors = _columns(
+            work[:, start:stop], factor[start:stop, start:stop], scale, jnp.zeros_like(scale), bits=None
+        )
+        numbers.append(part)
+        if stop < k:
+            work = work.at[:, stop:].add(-errors @ factor[start:stop, stop:])
+    return FloatMatrix(np.asarray(jnp.concatenate(numbers, axis=1)), np.asarray(jnp.stack(scales, axis=1)))
+
+
+def _without_dead(gram: jax.Array, matrix: jax.Array) -> tuple[np.ndarray, jax.Array]:
+    """float64 Gram matrix and weights, where inputs that were always 0 have no weight and disturb no factor."""
+    hessian = np.array(gram, np.float64)
+    dead = np.diag(hessian) == 0
+    hessian[dead, dead] = 1.0
+    return hessian, jnp.where(jnp.asarray(dead), 0.0, matrix)
+
+
 def _static(matrix: jax.Array, settings: Settings, scale_dtype: str) -> tuple[jax.Array, jax.Array]:
     groups = grid.grouped(matrix, settings.group_size)
     return grid.search(groups, None, bits=settings.bits, sym=settings.sym, dtype=scale_dtype)
@@ -98,14 +125,19 @@ def _factor(gram: np.ndarray, damp: float) -> jax.Array:
 
 @partial(jax.jit, static_argnames="bits")
 def _columns(
-    part: jax.Array, factor: jax.Array, scale: jax.Array, zero: jax.Array, *, bits: int
+    part: jax.Array, factor: jax.Array, scale: jax.Array, zero: jax.Array, *, bits: int | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes [N, C] of some columns, and their errors [N, C] over the diagonal of the factor."""
+    """Codes [N, C] of some columns (bits None: numbers of e4m3), and their errors [N, C] over the diagonal of the
+    factor.
+    """
 
     def one(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         work, codes, errors = carry
         column = work[:, i]
-        code = grid.round_to(column, scale[:, i], zero[:, i], bits)
+        if bits is None:
+            code = grid.round_to_float(column, scale[:, i])
+        else:
+            code = grid.round_to(column, scale[:, i], zero[:, i], bits)
         error = (column - (code - zero[:, i]) * scale[:, i]) / factor[i, i]
         # The factor's rows are 0 before the diagonal; the column itself is done with.
         return work - error[:, None] * factor[i], codes.at[:, i].set(code), errors.at[:, i].set(error)

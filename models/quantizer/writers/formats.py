@@ -12,10 +12,9 @@ import ml_dtypes
 import numpy as np
 
 from models.quantization.gptq import ONES
-from models.quantizer.types import QuantizedMatrix, Settings
+from models.quantizer.types import FP8_BLOCK, FloatMatrix, QuantizedMatrix, Settings
 
 Tensors = dict[str, np.ndarray]
-BLOCK = 128  # outputs and inputs of an fp8 scale
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # outputs of a word, the lowest nibble first
 _HEAD = ["lm_head"]
 
@@ -121,23 +120,12 @@ def compressed_tensors_config(settings: Settings) -> dict[str, Any]:
     }
 
 
-def fp8(module: str, values: np.ndarray) -> Tensors:
-    """e4m3 with a scale for each block of 128x128 (the last may be short), of float32[N, K]."""
-    n, k = values.shape
-    numbers = np.zeros((n, k), ml_dtypes.float8_e4m3fn)
-    scales = np.zeros((-(-n // BLOCK), -(-k // BLOCK)), np.float32)
-    for row, column in np.ndindex(scales.shape):
-        part = np.s_[row * BLOCK : (row + 1) * BLOCK, column * BLOCK : (column + 1) * BLOCK]
-        scales[row, column] = max(float(np.abs(values[part]).max()), 1e-12) / 448.0
-        numbers[part] = np.clip(values[part] / scales[row, column], -448, 448).astype(ml_dtypes.float8_e4m3fn)
-    return {f"{module}.weight": numbers, f"{module}.weight_scale_inv": scales}
-
-
-def fp8_values(tensors: Mapping[str, np.ndarray], module: str) -> np.ndarray:
-    """float32[N, K] of what `fp8` made."""
-    numbers, scales = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale_inv"]
-    wide = np.repeat(np.repeat(scales, BLOCK, 0)[: numbers.shape[0]], BLOCK, 1)[:, : numbers.shape[1]]
-    return numbers.astype(np.float32) * wide
+def fp8(module: str, matrix: FloatMatrix, dtype: np.dtype) -> Tensors:
+    """e4m3 with a scale for each block of 128x128."""
+    return {
+        f"{module}.weight": matrix.numbers.astype(ml_dtypes.float8_e4m3fn),
+        f"{module}.weight_scale_inv": matrix.scales,
+    }
 
 
 def fp8_config(settings: Settings) -> dict[str, Any]:
@@ -146,15 +134,17 @@ def fp8_config(settings: Settings) -> dict[str, Any]:
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK, BLOCK],
+        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
         "modules_to_not_convert": _HEAD,
     }
 
 
-WRITERS: Mapping[str, Callable[[str, QuantizedMatrix, np.dtype], Tensors]] = {
+# A format's writer takes what methods make for it: `FloatMatrix` for fp8, `QuantizedMatrix` for the others.
+WRITERS: Mapping[str, Callable[[str, Any, np.dtype], Tensors]] = {
     "gptq": gptq,
     "awq": awq,
     "compressed-tensors": compressed_tensors,
+    "fp8": fp8,
 }
 CONFIGS: Mapping[str, Callable[[Settings], dict[str, Any]]] = {
     "gptq": gptq_config,
