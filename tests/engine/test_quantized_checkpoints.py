@@ -38,6 +38,35 @@ def test_logprobs_are_those_of_the_tool(name: str, make_engine: MakeEngine) -> N
     assert difference < 1e-4
 
 
+COMPRESSED = sorted(path.name for path in (GOLDEN / "quantized").glob("llmcompressor-*"))
+# Of those whose activations are quantized, how far log-probabilities may be from compressed-tensors' own rounding of them.
+TOLERANCES: dict[str, float] = {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_logprobs_are_those_of_compressed_tensors(name: str, make_engine: MakeEngine) -> None:
+    """Checkpoints by llm-compressor, values and rounding of activations by compressed-tensors, logits by transformers."""
+    directory = GOLDEN / "quantized" / name
+    engine = make_engine(str(directory), skip_tokenizer_init=True, max_num_batched_tokens=16)
+    with np.load(directory / "golden.npz") as golden:
+        prompt = golden["prompt"].tolist()
+        logits = golden["quantized_logits" if "quantized_logits" in golden else "logits"].astype(np.float64)
+        plain = golden["logits"].astype(np.float64)
+    expected, others = (_logprobs(each, prompt) for each in (logits, plain))
+    (output,) = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
+    found = prompt_logprobs(output)
+    difference, without = np.abs(found - expected).max(), np.abs(found - others).max()
+    print(f"{name}: {difference:.1e}, from activations that are not rounded {without:.1e}, mean {np.abs(found - expected).mean():.1e}")
+    assert difference < TOLERANCES.get(name, 1e-4)
+
+
+def _logprobs(logits: np.ndarray, prompt: list[int]) -> np.ndarray:
+    """float64 of all tokens but the first."""
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return expected[np.arange(len(prompt) - 1), prompt[1:]]
+
+
 def _small(made: tuple[dict[str, np.ndarray], np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The same numbers with scales that a model can live with; exact."""
     tensors, values = made

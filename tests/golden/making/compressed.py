@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -180,6 +181,11 @@ def _modules(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tens
 def _values(tensors: dict[str, torch.Tensor], scheme: QuantizationScheme, layout: str) -> torch.Tensor:
     """float32[out, in]."""
     floats = (torch.bfloat16, torch.float16)
+    if layout == "nvfp4-pack-quantized":  # decompressing rounds to bfloat16: the same steps without that
+        packed = tensors["weight_packed"]
+        numbers = unpack_fp4_from_uint8(packed, packed.shape[0], 2 * packed.shape[1], torch.float32)
+        scale, whole = tensors["weight_scale"].float(), tensors["weight_global_scale"]
+        return dequantize(numbers, scale, args=scheme.weights, global_scale=whole, dtype=torch.float32)
     wide = {name: each.float() if each.dtype in floats else each for name, each in tensors.items()}
     state = BaseCompressor.get_value_from_registry(layout).decompress(wide, scheme)
     return state["weight"].float()
