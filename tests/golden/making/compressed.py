@@ -6,7 +6,8 @@ order, scales measured beforehand. Random tokens calibrate it. `golden.npz` hold
 - the values of four matrices, float32[out, in], as compressed-tensors decompresses them with scales in float32;
 - a prompt, and `logits` that transformers computes in float32 with the values of all matrices, activations as they are;
 - `quantized_logits`, where the config quantizes activations: the same with inputs of every matrix rounded by
-  compressed-tensors' own functions.
+  compressed-tensors' own functions. Not so with integers measured at run time: the largest becomes 127 there, as in
+  vLLM's kernels and Quire's, where compressed-tensors says 127.5; and where weights have groups, inputs have them too.
 
 Environment (CPU is enough), and usage from tests/golden:
 
@@ -142,8 +143,12 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 def _quantize(name: str, directory: Path) -> None:
     torch.manual_seed(SEED)
+    model = LlamaForCausalLM(_config())
+    for parameter, value in model.named_parameters():
+        if "norm" in parameter:  # with ones, the first layer's inputs are ratios that lie halfway between numbers
+            torch.nn.init.uniform_(value, 0.5, 1.5)
     with tempfile.TemporaryDirectory() as scratch:
-        LlamaForCausalLM(_config()).to(torch.bfloat16).save_pretrained(scratch)
+        model.to(torch.bfloat16).save_pretrained(scratch)
         _oneshot(LlamaForCausalLM.from_pretrained(scratch, dtype=torch.bfloat16), name, directory)
 
 
@@ -198,6 +203,10 @@ def _rounding(scheme: QuantizationScheme, tensors: dict[str, torch.Tensor]) -> C
 
     def hook(module: Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x, *others = inputs
+        if args.dynamic and args.type == "int":
+            groups = x.unflatten(-1, (-1, scheme.weights.group_size or x.shape[-1]))
+            scale = groups.abs().amax(-1, keepdim=True) / 127
+            return ((torch.round(groups / scale) * scale).reshape(x.shape), *others)
         scale, zero = compute_dynamic_scales_and_zp(x, args, module) if args.dynamic else measured
         return (fake_quantize(x, scale, zero, args), *others)
 
