@@ -1,4 +1,4 @@
-"""Checkpoints that llm-compressor wrote: the values that compressed-tensors itself decompresses. Logits: tests/engine."""
+"""Checkpoints that llm-compressor wrote: the values that compressed-tensors reads there. Logits: tests/engine."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def test_all_are_here() -> None:
     assert made == sorted(f"llmcompressor-{name}" for name in STORED)
 
 
-@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in STORED])
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in STORED]
+)
 def test_values(name: str) -> None:
     directory = GOLDEN / f"llmcompressor-{name}"
     loaded = load_model(directory, dtype="float32")

@@ -1,7 +1,7 @@
 """Writes tests/golden/quantized/llmcompressor-*: a tiny random model, quantized and saved by llm-compressor itself.
 
-Each of compressed-tensors' formats that Quire loads, with the options that change its tensors: signs, groups, activation
-order, scales measured beforehand. Random tokens calibrate it. `golden.npz` holds what the tools make of the file:
+Each of compressed-tensors' formats that Quire loads, with the options that change its tensors: signs, groups, order of
+columns, scales measured beforehand. Random tokens calibrate it. `golden.npz` holds what the tools make of the file:
 
 - the values of four matrices, float32[out, in], as compressed-tensors decompresses them with scales in float32;
 - a prompt, and `logits` that transformers computes in float32 with the values of all matrices, activations as they are;
