@@ -271,6 +271,30 @@ def test_groups_of_modules(tmp_path: Path) -> None:
         assert [getattr(part, "kind", None) for part in mixed.parts] == kinds
 
 
+def test_names_of_fused_modules(tmp_path: Path) -> None:
+    """`qkv_proj` and `gate_up_proj` stand for their parts, as targets and among what is ignored."""
+    config = config_of("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32})
+    config["config_groups"]["group_1"] = {
+        "targets": ["re:.*qkv_proj$"],
+        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+        "format": "int-quantized",
+    }
+    config["ignore"] = ["lm_head", "model.layers.1.mlp.gate_up_proj"]
+
+    def quantize(module: str, shape: tuple[int, int], rng: np.random.Generator) -> Made:
+        if module in ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"):
+            return None
+        if module.endswith(("q_proj", "k_proj", "v_proj")):
+            return integers(module, shape, rng)
+        return packed(module, shape, rng, 4, 32, False)
+
+    values = write_quantized(tmp_path, config, quantize)
+    params = load_model(tmp_path).params
+    require_values(params, values)
+    kinds = [getattr(params[f"layers.1.{name}.weight"], "kind", None) for name in ("attn.qkv", "attn.o", "mlp.gate_up")]
+    assert kinds == ["w8a16", "w4a16", None]
+
+
 @pytest.mark.parametrize(("kind", "expected"), [("float", "float8_e4m3fn"), ("int", "int8")])
 def test_the_cache_of_a_checkpoint(kind: str, expected: str, tmp_path: Path) -> None:
     """Its dtype is taken where the user says nothing; its scales are not needed."""
