@@ -85,7 +85,7 @@ class Gptq:
         if rule is None:
             raise UnsupportedModelError(
                 f"config.json: a rule of quantization_config.dynamic ('-:...') says that {module} is not quantized, "
-                f"but the checkpoint holds {module}.qweight. Remove the rule if the module is quantized like the others."
+                f"but the checkpoint holds {module}.qweight. Remove the rule if it is quantized like the others."
             )
         n, k = matrix.shape
         groups = rule.num_groups(k)
