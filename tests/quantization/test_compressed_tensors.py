@@ -157,6 +157,37 @@ def test_integers_alone(tmp_path: Path) -> None:
     assert isinstance(weight, QuantizedWeight) and weight.kind == "w8a16"
 
 
+def test_integers_with_zero_points(tmp_path: Path) -> None:
+    """In whole bytes, and met by activations as they are."""
+
+    def quantize(module: str, shape: tuple[int, int], rng: np.random.Generator) -> Made:
+        made = integers(module, shape, rng)
+        if made is None:
+            return None
+        tensors, _ = made
+        points = rng.integers(-128, 128, (shape[0], 1)).astype(np.int8)
+        whole = tensors["weight"].astype(int) - points
+        return tensors | {"weight_zero_point": points}, whole * tensors["weight_scale"].astype(np.float64)
+
+    config = config_of("naive-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False})
+    config["config_groups"]["group_0"]["format"] = "int-quantized"
+    values = write_quantized(tmp_path, config, quantize)
+    params = load_model(tmp_path).params
+    require_values(params, values)
+    weight = params["layers.0.attn.qkv.weight"]
+    assert isinstance(weight, QuantizedWeight) and weight.zero_points is not None
+
+
+def test_packed_and_met_by_integers(tmp_path: Path) -> None:
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 32}
+    config = config_of("pack-quantized", weights, DYNAMIC)
+    values = write_quantized(tmp_path, config, lambda *args: packed(*args, 4, 32, False))
+    params = load_model(tmp_path).params
+    require_values(params, values)
+    weight = params["layers.0.mlp.down.weight"]
+    assert isinstance(weight, QuantizedWeight) and (weight.kind, weight.group_size) == ("w8a8", 32)
+
+
 def floats(
     module: str, shape: tuple[int, int], rng: np.random.Generator, strategy: str = "channel", static: bool = False
 ) -> Made:
@@ -164,7 +195,7 @@ def floats(
         return None
     n, k = shape
     numbers = rng.uniform(-448, 448, (n, k)).astype(E4M3)
-    shapes = {"channel": (n, 1), "tensor": (1,), "block": (-(-n // 48), -(-k // 32))}
+    shapes = {"channel": (n, 1), "tensor": (1,), "group": (n, k // 32), "block": (-(-n // 48), -(-k // 32))}
     scales = (rng.uniform(0.5, 1.5, shapes[strategy]) / 448).astype(BF16)
     wide = scales.reshape(-1, scales.shape[-1] if scales.ndim > 1 else 1)
     wide = np.repeat(wide, 48, 0)[:n] if strategy == "block" else wide
@@ -184,12 +215,14 @@ FLOAT: dict[str, Any] = {"num_bits": 8, "type": "float"}
         ("tensor", STATIC | FLOAT, "w8a8_fp8"),
         ("channel", STATIC | FLOAT, "w8a8_fp8"),
         ("block", DYNAMIC | FLOAT | {"strategy": "group", "group_size": 32}, "w8a8_fp8"),
+        ("group", DYNAMIC | FLOAT, "w8a8_fp8"),
         ("channel", None, "w8a16_fp8"),
         ("tensor", DYNAMIC | FLOAT | {"strategy": "tensor"}, "w8a8_fp8"),
     ],
 )
 def test_floats(strategy: str, inputs: dict[str, Any] | None, kind: str, tmp_path: Path) -> None:
     weights = FLOAT | {"strategy": strategy, "block_structure": [48, 32] if strategy == "block" else None}
+    weights |= {"group_size": 32} if strategy == "group" else {}
     static = inputs is not None and not inputs["dynamic"]
     values = write_quantized(
         tmp_path,
@@ -203,7 +236,7 @@ def test_floats(strategy: str, inputs: dict[str, Any] | None, kind: str, tmp_pat
     assert (weight.kind, weight.static is not None, weight.group_size) == (
         kind,
         static,
-        32 if strategy == "block" else -1,
+        32 if strategy in ("block", "group") else -1,
     )
 
 
