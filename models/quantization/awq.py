@@ -96,8 +96,8 @@ class Awq:
 def _unpack(words: jax.Array) -> jax.Array:
     """uint8[rows, 8 * words] of int32[rows, words], outputs in order."""
     stream = lax.bitcast_convert_type(words, jnp.uint32)
-    numbers = [((stream >> (BITS * place)) & ((1 << BITS) - 1)).astype(jnp.uint8) for place in _PLACE]
-    return jnp.stack(numbers, axis=-1).reshape(words.shape[0], -1)
+    numbers = stream[..., None] >> (BITS * np.asarray(_PLACE, np.uint32))
+    return (numbers & ((1 << BITS) - 1)).astype(jnp.uint8).reshape(words.shape[0], -1)
 
 
 def parse_awq(raw: RawConfig) -> Awq:

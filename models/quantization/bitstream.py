@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 WORD_BITS = 32
@@ -25,17 +26,18 @@ def num_words(count: int, bits: int) -> int:
 def unpack(words: jax.Array, *, bits: int, count: int) -> jax.Array:
     """uint8[..., count] of int32[..., num_words(count, bits)]; `bits` is one of `BITS`."""
     stream = lax.bitcast_convert_type(words, jnp.uint32)
-    blocks = -(-count // WORD_BITS)
-    stream = jnp.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, blocks * bits - stream.shape[-1])])
-    stream = stream.reshape(*stream.shape[:-1], blocks, bits)
-    numbers = jnp.stack([_number(stream, index, bits) for index in range(WORD_BITS)], axis=-1)
-    return numbers.reshape(*words.shape[:-1], blocks * WORD_BITS)[..., :count]
+    if WORD_BITS % bits == 0:  # no number is split between two words
+        numbers = stream[..., None] >> jnp.arange(0, WORD_BITS, bits, dtype=jnp.uint32)
+    else:
+        blocks = -(-count // WORD_BITS)
+        stream = jnp.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, blocks * bits - stream.shape[-1])])
+        numbers = _shifted(stream.reshape(*stream.shape[:-1], blocks, bits), bits)
+    numbers = (numbers & ((1 << bits) - 1)).astype(jnp.uint8)
+    return numbers.reshape(*words.shape[:-1], -1)[..., :count]
 
 
-def _number(block: jax.Array, index: int, bits: int) -> jax.Array:
-    """Number `index` of 32 in `bits` words, as uint8."""
-    word, shift = divmod(index * bits, WORD_BITS)
-    number = block[..., word] >> shift
-    if shift + bits > WORD_BITS:
-        number = number | (block[..., word + 1] << (WORD_BITS - shift))
-    return (number & ((1 << bits) - 1)).astype(jnp.uint8)
+def _shifted(blocks: jax.Array, bits: int) -> jax.Array:
+    """uint32[..., 32], each number in the lowest bits, of 32 numbers in `bits` words [..., bits]."""
+    words, shifts = np.divmod(np.arange(WORD_BITS) * bits, WORD_BITS)
+    rest = blocks[..., np.minimum(words + 1, bits - 1)] << ((WORD_BITS - shifts) % WORD_BITS).astype(np.uint32)
+    return (blocks[..., words] >> shifts.astype(np.uint32)) | jnp.where(shifts == 0, 0, rest)

@@ -14,6 +14,7 @@ from models.errors import UnsupportedModelError
 from models.families.fields import RawConfig, flag, refuse, strings, table, text
 from models.quantization import bitstream
 from models.quantization.gptq import parse_pattern
+from models.quantization.modules import fused_name
 
 PACKED, INTEGERS, FLOATS = "pack-quantized", "int-quantized", "float-quantized"
 NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
@@ -62,9 +63,12 @@ class Scheme:
     inputs: Numbers | None
 
 
-def matches(name: str, target: str) -> bool:
-    """Whether a module is meant by a name or a `re:` pattern."""
-    return re.match(target[3:], name) is not None if target.startswith("re:") else name == target
+def matches(module: str, target: str) -> bool:
+    """Whether a module is meant by a name or a `re:` pattern: its own, or that of the fused one that it lies in."""
+    names = [name for name in (module, fused_name(module)) if name is not None]
+    if target.startswith("re:"):
+        return any(re.match(target[3:], name) for name in names)
+    return target in names
 
 
 def parse_schemes(raw: RawConfig) -> tuple[Scheme, ...]:

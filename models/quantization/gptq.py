@@ -75,11 +75,18 @@ class Gptq:
         return self.rule
 
     def stored(self, parameter: str, matrix: SourceTensor, source: TensorSource) -> Mapping[str, SourceTensor] | None:
-        """See `WeightFormat`. What is there decides: configs leave open which modules are quantized."""
+        """See `WeightFormat`. What is there decides: configs leave open which modules are quantized. Not those that a
+        rule of `dynamic` excludes.
+        """
         module = module_of(matrix)
         if f"{module}.qweight" not in source.names():
             return None
-        rule = self.rule_of(module) or self.rule
+        rule = self.rule_of(module)
+        if rule is None:
+            raise UnsupportedModelError(
+                f"config.json: a rule of quantization_config.dynamic ('-:...') says that {module} is not quantized, "
+                f"but the checkpoint holds {module}.qweight. Remove the rule if it is quantized like the others."
+            )
         n, k = matrix.shape
         groups = rule.num_groups(k)
         tensors = {
@@ -93,7 +100,8 @@ class Gptq:
 
     def pack(self, matrix: SourceTensor, tensors: Mapping[str, np.ndarray], dtype: np.dtype) -> Matrix:
         """See `WeightFormat`."""
-        rule = self.rule_of(module_of(matrix)) or self.rule
+        rule = self.rule_of(module_of(matrix))
+        assert rule is not None  # `stored` has found it
         n, k = matrix.shape
         words = np.ascontiguousarray(tensors["qweight"].T)
         zeros = tensors["qzeros"]

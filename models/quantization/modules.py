@@ -32,6 +32,12 @@ def _matches(module: str, name: str) -> bool:
     return re.search(rf"(^|\.){re.escape(name)}$|^{re.escape(name)}\.", module) is not None
 
 
+def fused_name(module: str) -> str | None:
+    """What a module is called where others hold it as one with its neighbours: "mlp.gate_up_proj" of "mlp.up_proj"."""
+    path, dot, last = module.rpartition(".")
+    return next((f"{path}{dot}{fused}" for fused, parts in _FUSED.items() if last in parts), None)
+
+
 def _unfused(name: str) -> tuple[str, ...]:
     for fused, parts in _FUSED.items():
         if name == fused or name.endswith(f".{fused}"):

@@ -15,6 +15,7 @@ from models.quantization.auto_round import delegated
 from pallas_kernels.quantized_matmul import QuantizedWeight
 from tests.quantization.packing import Quantize, require_values, write_quantized
 from tests.quantization.test_awq import awq_tensors
+from tests.quantization.test_fp8 import in_blocks, per_tensor
 from tests.quantization.test_gptq import Written, gptq_tensors
 
 # packing_format -> version of GPTQ's zero points
@@ -201,6 +202,25 @@ def test_tensors_that_contradict_the_config(changes: dict[str, Any], message: st
 
 FP8 = {"packing_format": "auto_round:fp8", "bits": 8, "data_type": "fp", "act_bits": 8, "group_size": [128, 128]}
 MXFP4 = {"packing_format": "auto_round:llm_compressor", "data_type": "mx_fp", "act_bits": 16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "quantize"),
+    [
+        (FP8 | {"group_size": [32, 32]}, in_blocks((32, 32))),
+        (
+            FP8 | {"packing_format": "auto_round:fp8_static", "group_size": 0, "act_dynamic": False},
+            per_tensor(static=True),
+        ),
+    ],
+)
+def test_floats_are_loaded(changes: dict[str, Any], quantize: Quantize, tmp_path: Path) -> None:
+    values = write_quantized(tmp_path, config_of() | changes, quantize)
+    params = load_model(tmp_path).params
+    require_values(params, values)
+    weight = params["layers.0.attn.qkv.weight"]
+    assert isinstance(weight, QuantizedWeight)
+    assert (weight.kind, weight.static is not None) == ("w8a8_fp8", "act_dynamic" in changes)
 
 
 def test_floats_are_told_in_the_words_of_fp8() -> None:

@@ -157,6 +157,37 @@ def test_integers_alone(tmp_path: Path) -> None:
     assert isinstance(weight, QuantizedWeight) and weight.kind == "w8a16"
 
 
+def test_integers_with_zero_points(tmp_path: Path) -> None:
+    """In whole bytes, and met by activations as they are."""
+
+    def quantize(module: str, shape: tuple[int, int], rng: np.random.Generator) -> Made:
+        made = integers(module, shape, rng)
+        if made is None:
+            return None
+        tensors, _ = made
+        points = rng.integers(-128, 128, (shape[0], 1)).astype(np.int8)
+        whole = tensors["weight"].astype(int) - points
+        return tensors | {"weight_zero_point": points}, whole * tensors["weight_scale"].astype(np.float64)
+
+    config = config_of("naive-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False})
+    config["config_groups"]["group_0"]["format"] = "int-quantized"
+    values = write_quantized(tmp_path, config, quantize)
+    params = load_model(tmp_path).params
+    require_values(params, values)
+    weight = params["layers.0.attn.qkv.weight"]
+    assert isinstance(weight, QuantizedWeight) and weight.zero_points is not None
+
+
+def test_packed_and_met_by_integers(tmp_path: Path) -> None:
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 32}
+    config = config_of("pack-quantized", weights, DYNAMIC)
+    values = write_quantized(tmp_path, config, lambda *args: packed(*args, 4, 32, False))
+    params = load_model(tmp_path).params
+    require_values(params, values)
+    weight = params["layers.0.mlp.down.weight"]
+    assert isinstance(weight, QuantizedWeight) and (weight.kind, weight.group_size) == ("w8a8", 32)
+
+
 def floats(
     module: str, shape: tuple[int, int], rng: np.random.Generator, strategy: str = "channel", static: bool = False
 ) -> Made:
@@ -164,7 +195,7 @@ def floats(
         return None
     n, k = shape
     numbers = rng.uniform(-448, 448, (n, k)).astype(E4M3)
-    shapes = {"channel": (n, 1), "tensor": (1,), "block": (-(-n // 48), -(-k // 32))}
+    shapes = {"channel": (n, 1), "tensor": (1,), "group": (n, k // 32), "block": (-(-n // 48), -(-k // 32))}
     scales = (rng.uniform(0.5, 1.5, shapes[strategy]) / 448).astype(BF16)
     wide = scales.reshape(-1, scales.shape[-1] if scales.ndim > 1 else 1)
     wide = np.repeat(wide, 48, 0)[:n] if strategy == "block" else wide
@@ -184,12 +215,14 @@ FLOAT: dict[str, Any] = {"num_bits": 8, "type": "float"}
         ("tensor", STATIC | FLOAT, "w8a8_fp8"),
         ("channel", STATIC | FLOAT, "w8a8_fp8"),
         ("block", DYNAMIC | FLOAT | {"strategy": "group", "group_size": 32}, "w8a8_fp8"),
+        ("group", DYNAMIC | FLOAT, "w8a8_fp8"),
         ("channel", None, "w8a16_fp8"),
         ("tensor", DYNAMIC | FLOAT | {"strategy": "tensor"}, "w8a8_fp8"),
     ],
 )
 def test_floats(strategy: str, inputs: dict[str, Any] | None, kind: str, tmp_path: Path) -> None:
     weights = FLOAT | {"strategy": strategy, "block_structure": [48, 32] if strategy == "block" else None}
+    weights |= {"group_size": 32} if strategy == "group" else {}
     static = inputs is not None and not inputs["dynamic"]
     values = write_quantized(
         tmp_path,
@@ -203,7 +236,7 @@ def test_floats(strategy: str, inputs: dict[str, Any] | None, kind: str, tmp_pat
     assert (weight.kind, weight.static is not None, weight.group_size) == (
         kind,
         static,
-        32 if strategy == "block" else -1,
+        32 if strategy in ("block", "group") else -1,
     )
 
 
@@ -269,6 +302,30 @@ def test_groups_of_modules(tmp_path: Path) -> None:
         mixed = params[f"layers.{layer}.attn.qkv.weight"]
         assert isinstance(mixed, MixedWeight)
         assert [getattr(part, "kind", None) for part in mixed.parts] == kinds
+
+
+def test_names_of_fused_modules(tmp_path: Path) -> None:
+    """`qkv_proj` and `gate_up_proj` stand for their parts, as targets and among what is ignored."""
+    config = config_of("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32})
+    config["config_groups"]["group_1"] = {
+        "targets": ["re:.*qkv_proj$"],
+        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+        "format": "int-quantized",
+    }
+    config["ignore"] = ["lm_head", "model.layers.1.mlp.gate_up_proj"]
+
+    def quantize(module: str, shape: tuple[int, int], rng: np.random.Generator) -> Made:
+        if module in ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"):
+            return None
+        if module.endswith(("q_proj", "k_proj", "v_proj")):
+            return integers(module, shape, rng)
+        return packed(module, shape, rng, 4, 32, False)
+
+    values = write_quantized(tmp_path, config, quantize)
+    params = load_model(tmp_path).params
+    require_values(params, values)
+    kinds = [getattr(params[f"layers.1.{name}.weight"], "kind", None) for name in ("attn.qkv", "attn.o", "mlp.gate_up")]
+    assert kinds == ["w8a16", "w4a16", None]
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("float", "float8_e4m3fn"), ("int", "int8")])

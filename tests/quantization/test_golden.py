@@ -19,6 +19,7 @@ NAMES = [
     "autoround-asym4-awq",
     "autoround-asym4-gptq",
     "autoround-mixed",
+    "autoround-mxfp4",
     "autoround-sym4",
     "autoround-sym8",
     "autoround-to-awq",

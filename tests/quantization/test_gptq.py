@@ -176,6 +176,13 @@ def test_overrides(tmp_path: Path) -> None:
     assert isinstance(down, QuantizedWeight) and down.group_size == 16
 
 
+def test_a_rule_that_excludes_what_is_quantized(tmp_path: Path) -> None:
+    config = config_of(Written(), dynamic={r"-:.*\.1\..*k_proj": {}})
+    write_quantized(tmp_path, config, everything(Written()))
+    with pytest.raises(UnsupportedModelError, match=r"says that model.layers.1.self_attn.k_proj is not quantized, but"):
+        load_model(tmp_path)
+
+
 def test_zero_points_of_zero(tmp_path: Path) -> None:
     """Writers subtract 1 from whole words; where a zero point is 0 the borrow runs on, and must come back."""
 

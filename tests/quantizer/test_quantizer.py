@@ -26,7 +26,14 @@ from tests.models.tiny_checkpoints import GOLDEN, random_tensors, tiny_config, w
 from tests.quantization.packing import SIZES, dense
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_bias", "mistral", "qwen2_window", "qwen3", "smollm3"])
+def slow(*values: Any) -> Any:
+    """Values of a parameter for `make test-all`: most of the time is that of compiling one more descent or shape."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_window", "qwen3", *(slow(name) for name in ("llama", "llama_bias", "mistral", "smollm3"))]
+)
 def test_blocks_are_those_of_the_decoder(name: str) -> None:
     """The runner's layers one after another give the decoder's hidden states."""
     model = load_model(GOLDEN / name, dtype="float32")
@@ -87,7 +94,7 @@ def block_error(problem: BlockProblem, found: Any, changed: Any) -> float:
     return float(jnp.sqrt(jnp.mean(error**2)))
 
 
-@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("sym", [True, slow(False)])
 def test_methods_lose_less_than_rounding(sym: bool) -> None:
     problem = problem_of()
     errors = {}
@@ -136,6 +143,7 @@ def test_folding_changes_nothing() -> None:
     assert not np.array_equal(folded["attn_norm.weight"], problem.weights["attn_norm.weight"])
 
 
+@pytest.mark.slow
 def test_the_descent_depends_on_its_seed_alone() -> None:
     problem = problem_of()
 
@@ -158,14 +166,15 @@ def test_scales_are_rounded_before_numbers_are() -> None:
 
 
 FORMATS = [
-    ("gptq", {"method": "rtn", "bits": 2}),
+    slow("gptq", {"method": "rtn", "bits": 2}),
     ("gptq", {"method": "rtn", "bits": 3, "sym": False}),
     ("gptq", {"method": "gptq", "bits": 4, "act_order": True, "sym": False}),
-    ("gptq", {"method": "autoround", "steps": 5, "bits": 4}),
-    ("gptq", {"method": "rtn", "bits": 8, "group_size": -1}),
-    ("awq", {"method": "awq", "sym": False}),
+    slow("gptq", {"method": "autoround", "steps": 5, "bits": 4}),
+    slow("gptq", {"method": "rtn", "bits": 8, "group_size": -1}),
+    slow("awq", {"method": "awq", "sym": False}),
+    ("awq", {"method": "rtn", "sym": False}),
     ("compressed-tensors", {"method": "rtn", "bits": 4, "sym": False}),
-    ("compressed-tensors", {"method": "gptq", "bits": 8, "act_order": True}),
+    slow("compressed-tensors", {"method": "gptq", "bits": 8, "act_order": True}),
     ("fp8", {"method": "rtn", "bits": 8}),
     ("fp8", {"method": "gptq", "bits": 8}),
 ]
@@ -223,6 +232,7 @@ def test_an_interrupted_job_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(np.array_equal(first.read(name), second.read(name)) for name in first.names())
 
 
+@pytest.mark.slow
 def test_perplexity_of_what_is_written(tmp_path: Path) -> None:
     """8 bits change next to nothing."""
     source = GOLDEN / "llama"

@@ -9,12 +9,13 @@ Environment (CPU is enough), and usage from tests/golden:
     python3.11 -m venv golden-env
     golden-env/bin/pip install torch==2.13.0 transformers==5.23.0 accelerate==1.15.0
     golden-env/bin/pip install safetensors==0.8.0 datasets py-cpuinfo
-    golden-env/bin/pip install --no-deps auto-round==0.16.1
+    golden-env/bin/pip install --no-deps auto-round==0.16.1 compressed-tensors==0.20.0
     OMP_NUM_THREADS=1 golden-env/bin/python -m making.auto_round
 """
 
 import json
 import shutil
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,8 @@ from auto_round import AutoRound
 from auto_round.export.export_to_awq.utils import dequantize_gemm
 from auto_round_extension.torch.qlinear_torch import QuantLinear as RawZeroPoints
 from auto_round_extension.torch.qlinear_torch_zp import QuantLinear as ZeroPointsMinusOne
+from compressed_tensors.compressors import MXFP4PackedCompressor
+from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -46,6 +49,7 @@ EXPORTS: dict[str, tuple[dict[str, Any], str]] = {
     "autoround-asym4-gptq": ({"bits": 4, "sym": False}, "auto_round:auto_gptq"),
     "autoround-asym4-awq": ({"bits": 4, "sym": False}, "auto_round:auto_awq"),
     "autoround-mixed": ({"bits": 4, "sym": True, "layer_config": MIXED}, "auto_round"),
+    "autoround-mxfp4": ({"scheme": "MXFP4"}, "auto_round"),
     "autoround-to-awq": ({"bits": 4, "sym": False}, "auto_awq"),
     "autoround-to-gptq": ({"bits": 4, "sym": True}, "auto_gptq"),
 }
@@ -83,6 +87,11 @@ def _values(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[st
     """module -> float32[out, in], by AutoRound's own layers: their products with an identity matrix, scales widened."""
     layout = config.get("packing_format", config["quant_method"])
     values = {}
+    if layout == "auto_round:llm_compressor":
+        (scheme,) = QuantizationConfig(config_groups={"MXFP4": ["Linear"]}).config_groups.values()
+        for module in sorted(name.removesuffix(".weight_packed") for name in tensors if name.endswith("_packed")):
+            stored = {role: tensors[f"{module}.{role}"] for role in ("weight_packed", "weight_scale")}
+            values[module] = MXFP4PackedCompressor.decompress(stored, scheme)["weight"].float()
     for module in sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
         qweight, qzeros, scales = (tensors[f"{module}.{role}"] for role in ("qweight", "qzeros", "scales"))
         scales = scales.float()
@@ -104,7 +113,7 @@ def _golden(directory: Path) -> dict[str, np.ndarray]:
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     tensors = load_file(directory / "model.safetensors")
     values = _values(tensors, config)
-    packed = {"qweight", "qzeros", "scales", "g_idx"}
+    packed = {"qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale"}
     plain = {name: tensor.float() for name, tensor in tensors.items() if name.rpartition(".")[2] not in packed}
     model = LlamaForCausalLM(_config()).eval()
     model.load_state_dict(plain | {f"{module}.weight": value for module, value in values.items()})
@@ -146,5 +155,5 @@ def _make(name: str) -> None:
 
 
 if __name__ == "__main__":
-    for each in EXPORTS:
+    for each in sys.argv[1:] or EXPORTS:
         _make(each)
