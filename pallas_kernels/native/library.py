@@ -20,8 +20,11 @@ import jax
 logger = logging.getLogger("quire.kernels")
 
 SOURCES = Path(__file__).parent
-MAIN = "product.cc"
-TARGETS = {"quire_packed_product": "quire_packed_product"}  # name for XLA -> symbol
+MAIN = ("dense.cc", "product.cc")
+TARGETS = {  # name for XLA -> symbol
+    "quire_dense_product": "quire_dense_product",
+    "quire_packed_product": "quire_packed_product",
+}
 COMPILERS = ("c++", "g++", "clang++")  # in the order in which "auto" looks for them
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 COMPILE_S = 120.0
@@ -151,8 +154,9 @@ def _make(compiler: str, machine: str, kept_at: Path | None) -> ctypes.CDLL:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="quire-native-") as folder:
         made = Path(folder) / "native.so"
+        sources = [str(SOURCES / name) for name in MAIN]
         headers = ("-isystem", jax.ffi.include_dir())
-        _run([compiler, machine, *FLAGS, *headers, "-o", str(made), str(SOURCES / MAIN)])
+        _run([compiler, machine, *FLAGS, *headers, "-o", str(made), *sources])
         logger.info("compiled native kernels in %.1f s", time.monotonic() - started)
         if kept_at is not None:
             try:

@@ -1,0 +1,49 @@
+"""The matrix product in C++ (`native/dense.cc`): weights are read where they lie, once, at the speed of memory.
+
+The order of additions depends on nothing but the number of inputs: a row's result is the same bits whatever rows are
+beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import native
+from pallas_kernels.device import Device
+from pallas_kernels.matmul.problem import MatmulProblem
+
+PADDED = 32  # rows of activations are padded to a multiple of it
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def device_reason(device: Device) -> str | None:
+    """None if the device is a CPU, or why not."""
+    return None if device.platform == "cpu" else f"needs a CPU, this is {device.platform}"
+
+
+def supports(problem: MatmulProblem) -> str | None:
+    """None, or the reason why it cannot run the problem."""
+    for dtype in (problem.dtype, problem.weight_dtype):
+        if dtype not in DTYPES:
+            return f"operands are {dtype}, not float32, bfloat16 or float16"
+    return native.unavailable()
+
+
+def yields(problem: MatmulProblem, device: Device) -> str | None:
+    """None, or the reason why "auto" passes it over: XLA is as fast or faster there (docs/measurements/cpu-dots.md)."""
+    del device, problem
+    return None
+
+
+def run(x: jax.Array, weight: jax.Array, transposed: bool, out_dtype: Any) -> jax.Array:
+    """See `api.matmul`."""
+    k, n = weight.shape[::-1] if transposed else weight.shape
+    if x.dtype != jnp.bfloat16 or weight.dtype != jnp.bfloat16 or not native.has_bfloat16_dots():
+        x = x.astype(jnp.float32)
+    x = jnp.pad(x, ((0, 0), (0, -k % PADDED)))
+    direct = jnp.dtype(out_dtype) if out_dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
+    shape = jax.ShapeDtypeStruct((x.shape[0], n), direct)
+    return jax.ffi.ffi_call("quire_dense_product", shape)(x, weight, by_rows=transposed).astype(out_dtype)
