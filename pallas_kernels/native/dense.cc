@@ -20,9 +20,11 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kFewRows = 12;    // up to which weights are used so seldom that interleaving them in a cache costs more
+constexpr int64_t kFewRows = 24;    // up to which weights are used so seldom that interleaving them in a cache costs more
 constexpr int64_t kRowBlock = 256;  // rows that share an interleaving
 constexpr int64_t kAtOnce = 4;      // steps of inputs of few rows between two visits of a sum
+
+inline int64_t up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 struct Problem {
   int64_t rows, inputs, outputs, stride;  // stride: of activations
@@ -37,6 +39,35 @@ inline float widen(float value) { return value; }
 inline float widen(Half value) { return float_of(value); }
 inline float widen(_Float16 value) { return static_cast<float>(value); }
 
+// ---- Results
+
+inline void store_row(float* out, const float* sums, int64_t count) { std::memcpy(out, sums, count * sizeof(float)); }
+
+inline void store_row(Half* out, const float* sums, int64_t count) {
+#ifdef QUIRE_AVX512
+  for (; count >= 32; count -= 32, out += 32, sums += 32)
+    _mm512_storeu_si512(out, join(_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + 16)));
+#endif
+  for (int64_t n = 0; n < count; ++n) out[n] = half_of(sums[n]);
+}
+
+inline void put_row(const Problem& p, int64_t row, int64_t output, const float* sums, int64_t count) {
+  int64_t at = row * p.outputs + output;
+  if (p.out_type == ffi::DataType::F32)
+    store_row(static_cast<float*>(p.out) + at, sums, count);
+  else
+    store_row(static_cast<Half*>(p.out) + at, sums, count);
+}
+
+template <typename W>
+inline Lanes widen_lanes(const W* from) {
+  float wide[kLanes];
+  for (int i = 0; i < kLanes; ++i) wide[i] = widen(from[i]);
+  return lanes_at(wide);
+}
+
+inline Lanes widen_lanes(const float* from) { return lanes_at(from); }
+
 // ---- Weights [K, N]: two vectors of a step's weights, their product with an input, and their sums in order
 
 template <typename Weight>
@@ -47,13 +78,13 @@ struct FloatUnit {
   static constexpr int64_t kOutputs = 2 * kLanes, kInputs = 1;
 
   static void load(const W* w, int64_t stride, int64_t outputs, int64_t inputs, Vector* out) {
-    float wide[2 * kLanes];
     if (outputs >= kOutputs) {
-      for (int i = 0; i < 2 * kLanes; ++i) wide[i] = widen(w[i]);
+      out[0] = widen_lanes(w), out[1] = widen_lanes(w + kLanes);
     } else {
-      for (int i = 0; i < 2 * kLanes; ++i) wide[i] = i < outputs ? widen(w[i]) : 0.0f;
+      float wide[2 * kLanes] = {};
+      for (int i = 0; i < outputs; ++i) wide[i] = widen(w[i]);
+      out[0] = lanes_at(wide), out[1] = lanes_at(wide + kLanes);
     }
-    std::memcpy(out, wide, sizeof wide);
   }
   static Vector spread(const X* x) { return Lanes{} + *x; }
   static void add(Lanes& sum, const Vector& x, const Vector& w) { sum += x * w; }
@@ -97,29 +128,14 @@ struct HalfUnit {
 };
 #endif
 
-inline void store_row(float* out, const float* sums, int64_t count) { std::memcpy(out, sums, count * sizeof(float)); }
-
-inline void store_row(Half* out, const float* sums, int64_t count) {
-#ifdef QUIRE_AVX512
-  for (; count >= 32; count -= 32, out += 32, sums += 32)
-    _mm512_storeu_si512(out, join(_mm512_loadu_ps(sums), _mm512_loadu_ps(sums + 16)));
-#endif
-  for (int64_t n = 0; n < count; ++n) out[n] = half_of(sums[n]);
-}
-
 template <typename Unit>
 void finish_columns(const Problem& p, int64_t row, int64_t num_rows, int64_t first, int64_t count, const float* sums,
                     int64_t sums_stride) {
   for (int64_t r = 0; r < num_rows; ++r) {
-    int64_t at = (row + r) * p.outputs + first;
     for (int64_t n = 0; n < count; n += Unit::kOutputs) {
       float settled[Unit::kOutputs];
       Unit::settle(sums + r * sums_stride + n, settled);
-      int64_t real = std::min(count - n, Unit::kOutputs);
-      if (p.out_type == ffi::DataType::F32)
-        store_row(static_cast<float*>(p.out) + at + n, settled, real);
-      else
-        store_row(static_cast<Half*>(p.out) + at + n, settled, real);
+      put_row(p, row + r, first + n, settled, std::min(count - n, Unit::kOutputs));
     }
   }
 }
@@ -143,14 +159,15 @@ void multiply_few(const Problem& p, int64_t row, int64_t num_rows, int64_t first
         if (at < p.inputs) Unit::load(from, p.outputs, count - n, p.inputs - at, w[i]);
       }
       for (int64_t r = 0; r < num_rows; ++r) {
-        Lanes total[2];
-        std::memcpy(total, sums + r * sums_stride + n, sizeof total);
+        float* sum = sums + r * sums_stride + n;
+        Lanes low = lanes_at(sum), high = lanes_at(sum + kLanes);
 #pragma GCC unroll 4
         for (int64_t i = 0; i < kAtOnce; ++i) {
           Vector each = Unit::spread(x + r * p.stride + k + i * Unit::kInputs);
-          Unit::add(total[0], each, w[i][0]), Unit::add(total[1], each, w[i][1]);
+          asm("" : QUIRE_REGISTER(each));
+          Unit::add(low, each, w[i][0]), Unit::add(high, each, w[i][1]);
         }
-        std::memcpy(sums + r * sums_stride + n, total, sizeof total);
+        put(sum, low), put(sum + kLanes, high);
       }
     }
   }
@@ -162,7 +179,9 @@ void multiply_tile(const typename Unit::X* x, int64_t x_stride, const typename U
                    float* sums, int64_t sums_stride) {
   Lanes total[kRows][kVectors];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) std::memcpy(total[r], sums + r * sums_stride, sizeof total[r]);
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) total[r][c] = lanes_at(sums + r * sums_stride + c * kLanes);
   for (int64_t k = 0; k < steps; ++k, w += kVectors, x += Unit::kInputs) {
     typename Unit::Vector each[kVectors];
 #pragma GCC unroll 4
@@ -170,12 +189,15 @@ void multiply_tile(const typename Unit::X* x, int64_t x_stride, const typename U
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       typename Unit::Vector row = Unit::spread(x + r * x_stride);
+      asm("" : QUIRE_REGISTER(row));
 #pragma GCC unroll 4
       for (int c = 0; c < kVectors; ++c) Unit::add(total[r][c], row, each[c]);
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) std::memcpy(sums + r * sums_stride, total[r], sizeof total[r]);
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) put(sums + r * sums_stride + c * kLanes, total[r][c]);
 }
 
 #if defined(__AVX512F__) || defined(__aarch64__)  // 32 registers
@@ -184,6 +206,11 @@ constexpr int kColumnVectors = 4;
 constexpr int kColumnVectors = 2;
 #endif
 constexpr int64_t kColumnRows = 6;
+
+template <typename Unit>
+constexpr int64_t kSteps = 512 / sizeof(typename Unit::X) / Unit::kInputs;  // whose weights of a tile fit in an L1 cache
+template <typename Unit>
+constexpr int64_t kFetched = 8 * Unit::kInputs;  // inputs ahead
 
 template <typename Unit>
 auto column_tile(int64_t rows) {
@@ -196,37 +223,40 @@ auto column_tile(int64_t rows) {
   return kTiles[rows - 1];
 }
 
+// `steps` steps of a panel's weights from input `k` on, interleaved, tile by tile: whole stretches of memory are read.
+template <typename Unit>
+void gather(const Problem& p, int64_t k, int64_t steps, int64_t first, int64_t count, typename Unit::Vector* w) {
+  constexpr int64_t kTileOutputs = kColumnVectors / 2 * Unit::kOutputs;
+  for (int64_t i = 0; i < steps; ++i) {
+    int64_t at = k + i * Unit::kInputs;
+    const auto* from = static_cast<const typename Unit::W*>(p.weight) + at * p.outputs + first;
+    for (int64_t n = 0; n < up(count, kTileOutputs); n += Unit::kOutputs) {
+      auto* to = w + (n / kTileOutputs * kSteps<Unit> + i) * kColumnVectors + n % kTileOutputs / kLanes;
+      for (int64_t j = 0; j < Unit::kInputs; ++j) __builtin_prefetch(from + n + (kFetched<Unit> + j) * p.outputs, 0, 2);
+      if (n < count)
+        Unit::load(from + n, p.outputs, count - n, p.inputs - at, to);
+      else
+        to[0] = to[1] = typename Unit::Vector{};
+    }
+  }
+}
+
 template <typename Unit>
 void multiply_many(const Problem& p, int64_t row, int64_t num_rows, int64_t first, int64_t count, float* sums,
                    int64_t sums_stride) {
   using Vector = typename Unit::Vector;
   constexpr int64_t kTileOutputs = kColumnVectors / 2 * Unit::kOutputs;
-  constexpr int64_t kSteps = 512 / sizeof(typename Unit::X) / Unit::kInputs;  // whose weights fit in an L1 cache
   const auto* x = static_cast<const typename Unit::X*>(p.x) + row * p.stride;
-  const auto* weight = static_cast<const typename Unit::W*>(p.weight) + first;
-  Vector* w = scratch<Vector>(2, kSteps * kColumnVectors);
+  Vector* w = scratch<Vector>(2, kSteps<Unit> * up(count, kTileOutputs) / kLanes);
   std::memset(sums, 0, num_rows * sums_stride * sizeof(float));
-  for (int64_t n = 0; n < count; n += kTileOutputs) {
-    for (int64_t k = 0; k < p.inputs; k += kSteps * Unit::kInputs) {
-      int64_t steps = std::min(kSteps, (p.inputs - k + Unit::kInputs - 1) / Unit::kInputs);
-      for (int64_t i = 0; i < steps; ++i) {
-        int64_t at = k + i * Unit::kInputs;
-        const auto* from = weight + at * p.outputs + n;
-        for (int64_t j = 0; j < Unit::kInputs; ++j) __builtin_prefetch(from + (16 + j) * p.outputs, 0, 2);
-        for (int64_t c = 0; c < kColumnVectors; c += 2) {
-          int64_t left = count - n - c / 2 * Unit::kOutputs;
-          if (left > 0)
-            Unit::load(from + c / 2 * Unit::kOutputs, p.outputs, left, p.inputs - at, w + i * kColumnVectors + c);
-          else
-            w[i * kColumnVectors + c] = w[i * kColumnVectors + c + 1] = Vector{};
-        }
-      }
-      for (int64_t r = 0; r < num_rows;) {
-        int64_t left = num_rows - r;
-        int64_t take = left <= kColumnRows ? left : left < 2 * kColumnRows ? (left + 1) / 2 : kColumnRows;
-        column_tile<Unit>(take)(x + r * p.stride + k, p.stride, w, steps, sums + r * sums_stride + n, sums_stride);
-        r += take;
-      }
+  for (int64_t k = 0; k < p.inputs; k += kSteps<Unit> * Unit::kInputs) {
+    int64_t steps = std::min(kSteps<Unit>, (p.inputs - k + Unit::kInputs - 1) / Unit::kInputs);
+    gather<Unit>(p, k, steps, first, count, w);
+    for (int64_t n = 0; n < count; n += kTileOutputs) {
+      const Vector* tile = w + n / kTileOutputs * kSteps<Unit> * kColumnVectors;
+      for_tiles(num_rows, kColumnRows, [&](int64_t r, int64_t take) {
+        column_tile<Unit>(take)(x + r * p.stride + k, p.stride, tile, steps, sums + r * sums_stride + n, sums_stride);
+      });
     }
   }
 }
@@ -247,53 +277,55 @@ void run_columns(const void* problem, int64_t index) {
 
 // ---- Weights [N, K]
 
+// Rows `first` to `first + count` of the weights, as they lie if they can be multiplied so; otherwise widened, or with
+// zeros up to a multiple of the padding and of eight rows, in `copy`. `stride`: of the result.
+template <typename Element, typename W>
+const Element* weights_at(const Problem& p, int64_t first, int64_t count, int64_t copy_stride, Element* copy,
+                          int64_t& stride) {
+  const W* from = static_cast<const W*>(p.weight) + first * p.inputs;
+  if constexpr (std::is_same_v<Element, W>) {
+    if (p.inputs % kPad == 0 && count % 8 == 0) {
+      stride = p.inputs;
+      return from;
+    }
+  }
+  stride = copy_stride;
+  for (int64_t i = 0; i < up(count, 8); ++i) {
+    Element* to = copy + i * copy_stride;
+    int64_t real = i < count ? p.inputs : 0;
+    for (int64_t k = 0; k < real; ++k) {
+      if constexpr (std::is_same_v<Element, W>)
+        to[k] = from[i * p.inputs + k];
+      else
+        to[k] = widen(from[i * p.inputs + k]);
+    }
+    std::memset(to + real, 0, (copy_stride - real) * sizeof(Element));
+  }
+  return copy;
+}
+
 template <typename Element, typename W>
 void run_rows(const void* problem, int64_t index) {
   const Problem& p = *static_cast<const Problem*>(problem);
   int64_t first = index % p.num_panels * p.panel, row = index / p.num_panels * p.block;
   int64_t count = std::min(p.panel, p.outputs - first), num_rows = std::min(p.block, p.rows - row);
-  int64_t padded = (p.inputs + kPad - 1) / kPad * kPad, copy_stride = padded + kPad;
-  Element* copy = scratch<Element>(2, 8 * copy_stride);
-  float* sums = scratch<float>(3, num_rows * 8);
-  for (int64_t n = 0; n < count; n += 8) {
-    int64_t real = std::min<int64_t>(8, count - n), stride = p.inputs;
-    const W* from = static_cast<const W*>(p.weight) + (first + n) * p.inputs;
-    const Element* w = nullptr;
-    if constexpr (std::is_same_v<Element, W>) w = p.inputs == padded && real == 8 ? from : nullptr;
-    bool in_place = w != nullptr;
-    if (!in_place) {
-      std::memset(copy, 0, 8 * copy_stride * sizeof(Element));
-      for (int64_t i = 0; i < real; ++i) {
-        Element* to = copy + i * copy_stride;
-        for (int64_t k = 0; k < p.inputs; ++k) {
-          if constexpr (std::is_same_v<Element, W>)
-            to[k] = from[i * p.inputs + k];
-          else
-            to[k] = widen(from[i * p.inputs + k]);
-        }
-      }
-      w = copy, stride = copy_stride;
-    }
+  int64_t padded = up(p.inputs, kPad), at_once = num_rows <= kFewRows ? 8 : p.panel;
+  Element* copy = scratch<Element>(2, at_once * (padded + kPad));
+  float* sums = scratch<float>(3, num_rows * at_once);
+  const auto* x = static_cast<const Element*>(p.x) + row * p.stride;
+  for (int64_t n = 0; n < count; n += at_once) {
+    int64_t real = std::min(at_once, count - n), stride;
+    const Element* w = weights_at<Element, W>(p, first + n, real, padded + kPad, copy, stride);
     for (int64_t k = 0; k < padded; k += kChunk<Element>) {
       int64_t inputs = std::min(kChunk<Element>, padded - k);
-      for (int64_t r = 0; r < num_rows;) {
-        int64_t left = num_rows - r;
-        int64_t take = left <= kMostRows ? left : left < 2 * kMostRows ? (left + 1) / 2 : kMostRows;
-        const Element* x = static_cast<const Element*>(p.x) + (row + r) * p.stride + k;
-        bool fetch = in_place && r == 0;
-        Tile<Element> tile = fetch ? tile_of<Element, true>(take) : tile_of<Element>(take);
-        for (int64_t c = 0; c < 8; c += tile.outputs)
-          tile.run(x, p.stride, w + c * stride + k, stride, inputs, sums + r * 8 + c, 8, k == 0);
-        r += take;
-      }
+      for_tiles(num_rows, kMostRows, [&](int64_t r, int64_t take) {
+        Tile<Element> tile = w != copy && r == 0 ? tile_of<Element, true>(take) : tile_of<Element>(take);
+        for (int64_t c = 0; c < real; c += tile.outputs)
+          tile.run(x + r * p.stride + k, p.stride, w + c * stride + k, stride, inputs, sums + r * at_once + c, at_once,
+                   k == 0);
+      });
     }
-    for (int64_t r = 0; r < num_rows; ++r) {
-      int64_t at = (row + r) * p.outputs + first + n;
-      if (p.out_type == ffi::DataType::F32)
-        store_row(static_cast<float*>(p.out) + at, sums + r * 8, real);
-      else
-        store_row(static_cast<Half*>(p.out) + at, sums + r * 8, real);
-    }
+    for (int64_t r = 0; r < num_rows; ++r) put_row(p, row + r, first + n, sums + r * at_once, real);
   }
 }
 
@@ -316,8 +348,6 @@ Piece runner_of(ffi::DataType x, ffi::DataType weight, bool by_rows) {
   return nullptr;
 }
 
-int64_t up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 ffi::Error dense_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
                          ffi::Result<ffi::AnyBuffer> out, bool by_rows) {
   Problem p;
@@ -333,14 +363,15 @@ ffi::Error dense_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
   if (!run) return ffi::Error::InvalidArgument("no product of these types");
   int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   p.block = std::min(p.rows, kRowBlock);
+  int64_t blocks = (p.rows + p.block - 1) / p.block;
   if (by_rows)
     p.panel = 64;
-  else if (p.rows <= kFewRows)
+  else if (p.rows <= kFewRows)  // long stretches of memory, and four pieces for each thread
     p.panel = std::max<int64_t>(up((p.outputs + 4 * threads - 1) / (4 * threads), 32), 64);
   else
-    p.panel = 64;
+    p.panel = panel_of(p.outputs, blocks, threads, 256, 64);
   p.num_panels = (p.outputs + p.panel - 1) / p.panel;
-  run_all(pool, &p, run, p.num_panels * ((p.rows + p.block - 1) / p.block));
+  run_all(pool, &p, run, p.num_panels * blocks);
   return ffi::Error::Success();
 }
 

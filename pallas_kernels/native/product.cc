@@ -76,16 +76,12 @@ void decode_row(const Problem& p, int64_t output, int64_t from, int64_t to, cons
 template <typename Element>
 void multiply_rows(const Problem& p, int64_t row, int64_t num_rows, const Element* w, int64_t w_stride, int64_t from,
                    int64_t count, int64_t outputs, float* sums, int64_t sums_stride) {
-  for (int64_t r = 0; r < num_rows;) {
-    int64_t left = num_rows - r;
-    // One or two rows more than a tile has, in two equal parts: 4 and 3 rather than 6 and 1.
-    int64_t take = left <= kMostRows ? left : left < 2 * kMostRows ? (left + 1) / 2 : kMostRows;
+  for_tiles(num_rows, kMostRows, [&](int64_t r, int64_t take) {
     const Element* x = static_cast<const Element*>(p.x) + (row + r) * p.stride + from;
     Tile<Element> tile = tile_of<Element>(take);
     for (int64_t n = 0; n < outputs; n += tile.outputs)
       tile.run(x, p.stride, w + n * w_stride, w_stride, count, sums + r * sums_stride + n, sums_stride, from == 0);
-    r += take;
-  }
+  });
 }
 
 template <typename Out>
@@ -144,20 +140,6 @@ Piece runner_of(ffi::DataType stored) {
   return nullptr;
 }
 
-// Outputs of a panel: as many as leave no thread without work at the end, but for a twentieth of the time. Of few rows
-// small panels, which are decoded eight outputs at a time in any case.
-int64_t panel_of(int64_t rows, int64_t outputs, int64_t threads) {
-  if (rows <= kFewRows) return 32;
-  int64_t blocks = (rows + kRowBlock - 1) / kRowBlock, best = 32;
-  double best_use = 0;
-  for (int64_t panel : {128, 96, 64, 32}) {
-    int64_t pieces = (outputs + panel - 1) / panel * blocks, rounds = (pieces + threads - 1) / threads;
-    double use = double(outputs * blocks) / double(rounds * threads * panel);
-    if (use > best_use + 0.05) best = panel, best_use = use;
-  }
-  return best;
-}
-
 // ---- The call
 
 ffi::Error packed_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer stored, ffi::AnyBuffer scales,
@@ -180,9 +162,10 @@ ffi::Error packed_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
   if (x.element_type() == ffi::DataType::BF16) run = runner_of<Half>(stored.element_type());
 #endif
   if (!run) return ffi::Error::InvalidArgument("no product of these types");
-  p.panel = panel_of(p.rows, p.outputs, std::max<int64_t>(pool.num_threads(), 1));
+  int64_t blocks = (p.rows + kRowBlock - 1) / kRowBlock, threads = std::max<int64_t>(pool.num_threads(), 1);
+  // Few rows' weights are decoded eight outputs at a time in any case.
+  p.panel = p.rows <= kFewRows ? 32 : panel_of(p.outputs, blocks, threads, 128, 32);
   p.num_panels = (p.outputs + p.panel - 1) / p.panel;
-  int64_t blocks = (p.rows + kRowBlock - 1) / kRowBlock;
   run_all(pool, &p, run, p.num_panels * blocks);
   return ffi::Error::Success();
 }

@@ -21,6 +21,10 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef float LanesAnywhere __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+inline Lanes lanes_at(const float* from) { return *reinterpret_cast<const LanesAnywhere*>(from); }
+inline void put(float* to, const Lanes& lanes) { *reinterpret_cast<LanesAnywhere*>(to) = lanes; }
 
 constexpr int64_t kPad = 32;  // what rows of activations are padded to; also keeps rows out of one cache set
 constexpr int kTile = 4;      // outputs whose sums are added up together
@@ -141,5 +145,16 @@ Tile<Element> tile_of(int64_t rows) {
   return kTiles[rows - 1];
 }
 #endif
+
+// Calls `run` with the first row and the number of rows of each tile. One or two rows more than a tile has are taken in
+// two equal parts: 4 and 3 rather than 6 and 1.
+template <typename Run>
+void for_tiles(int64_t num_rows, int64_t most, Run run) {
+  for (int64_t r = 0; r < num_rows;) {
+    int64_t left = num_rows - r, take = left <= most ? left : left < 2 * most ? (left + 1) / 2 : most;
+    run(r, take);
+    r += take;
+  }
+}
 
 }  // namespace quire

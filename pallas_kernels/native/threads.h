@@ -49,4 +49,17 @@ inline void run_all(xla::ffi::ThreadPool pool, const void* problem, Piece run, i
     if (spins > 1000) std::this_thread::yield();
 }
 
+// Outputs of a panel, which are shared out in pieces of one panel and one of `blocks` of rows: as many, in multiples of
+// `step`, as leave no thread without work at the end, but for a twentieth of the time.
+inline int64_t panel_of(int64_t outputs, int64_t blocks, int64_t threads, int64_t widest, int64_t step) {
+  int64_t best = step;
+  double best_use = 0;
+  for (int64_t panel = widest; panel > 0; panel -= step) {
+    int64_t pieces = (outputs + panel - 1) / panel * blocks, rounds = (pieces + threads - 1) / threads;
+    double use = double(outputs * blocks) / double(rounds * threads * panel);
+    if (use > best_use + 0.05) best = panel, best_use = use;
+  }
+  return best;
+}
+
 }  // namespace quire
