@@ -41,7 +41,10 @@ inline float widen(_Float16 value) { return static_cast<float>(value); }
 
 // ---- Results
 
-inline void store_row(float* out, const float* sums, int64_t count) { std::memcpy(out, sums, count * sizeof(float)); }
+inline void store_row(float* out, const float* sums, int64_t count) {
+  for (; count >= kLanes; count -= kLanes, out += kLanes, sums += kLanes) put(out, lanes_at(sums));
+  for (int64_t n = 0; n < count; ++n) out[n] = sums[n];
+}
 
 inline void store_row(Half* out, const float* sums, int64_t count) {
 #ifdef QUIRE_AVX512
