@@ -23,7 +23,11 @@ from pallas_kernels import native
 from pallas_kernels.matmul import matmul
 
 HEAD = "head"
-WORKLOADS = {**SHAPES, HEAD: ((576, 49152),), "Qwen3-0.6B": ((1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024)) * 4}
+WORKLOADS = {
+    **SHAPES,
+    HEAD: ((576, 49152),),
+    "Qwen3-0.6B": ((1024, 4096), (2048, 1024), (1024, 6144), (3072, 1024)) * 4,
+}
 IMPLEMENTATIONS = ("xla", "native_cpu")
 
 

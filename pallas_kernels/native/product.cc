@@ -23,12 +23,13 @@ constexpr int64_t kRowBlock = 512;  // rows that share a decoding
 // ---- One problem
 
 struct Problem {
-  int64_t rows, inputs, outputs, stride, group, groups;  // stride: of activations; group: 0 = a scale per output
+  int64_t rows, inputs, outputs, stride, group, groups;  // stride: of activations; group: 0 = sums are scaled
   const void* x;
   const uint8_t* stored;
   const void* scales;  // [groups, outputs]
   ffi::DataType scale_type;
   const int8_t* zeros;  // the same, or null
+  const void* offsets;  // the same, of the scales' type, or null
   void* out;
   ffi::DataType out_type;
   int64_t panel, num_panels;  // outputs of one
@@ -45,29 +46,42 @@ void widen(const void* from, int64_t first, int64_t count, float* to) {
   }
 }
 
-// Scales and zero points of a panel's outputs, [groups, panel].
-void widen_scales(const Problem& p, int64_t first, int64_t count, float* scales, float* zeros) {
+// What the weights of a panel's outputs become, [groups, panel].
+struct Rules {
+  float *scales, *zeros, *offsets;
+
+  Rule at(int64_t i) const { return {true, scales[i], zeros ? zeros[i] : 0.0f, offsets ? offsets[i] : 0.0f}; }
+};
+
+Rules rules_of(const Problem& p, int64_t first, int64_t count) {
   auto widen_scale = p.scale_type == ffi::DataType::F32    ? widen<float>
                      : p.scale_type == ffi::DataType::BF16 ? widen<Half>
                                                            : widen<_Float16>;
+  int64_t size = p.panel * p.groups;
+  float* memory = scratch<float>(0, 3 * size);
+  Rules rules{memory, p.zeros ? memory + size : nullptr, p.offsets ? memory + 2 * size : nullptr};
   for (int64_t g = 0; g < p.groups; ++g) {
-    widen_scale(p.scales, g * p.outputs + first, count, scales + g * p.panel);
-    if (p.zeros) widen<int8_t>(p.zeros, g * p.outputs + first, count, zeros + g * p.panel);
+    int64_t from = g * p.outputs + first, to = g * p.panel;
+    widen_scale(p.scales, from, count, rules.scales + to);
+    if (p.zeros) widen<int8_t>(p.zeros, from, count, rules.zeros + to);
+    if (p.offsets) widen_scale(p.offsets, from, count, rules.offsets + to);
   }
+  return rules;
 }
 
-// Inputs `from` to `to` of one output's weights, and zeros up to a multiple of the padding.
+// Inputs `from` to `to` of one output's weights, and zeros up to a multiple of the padding. `i`: of the output in the
+// panel.
 template <Format F, typename Element>
-void decode_row(const Problem& p, int64_t output, int64_t from, int64_t to, const float* scales, const float* zeros,
+void decode_row(const Problem& p, int64_t output, int64_t from, int64_t to, const Rules& rules, int64_t i,
                 Element* out) {
   int64_t end = std::min(to, p.inputs);
   const uint8_t* row = p.stored + output * p.inputs * kBits<F> / 8;
   if (p.group == 0) {
-    decode<F>(row, from, end - from, 1.0f, p.zeros ? zeros[0] : 0.0f, false, out);
+    decode<F>(row, from, end - from, Rule{false, 1, rules.at(i).zero, 0}, out);
   } else {
-    int64_t g = from / p.group * p.panel;
-    for (int64_t k = from; k < end; k += p.group, g += p.panel) {
-      decode<F>(row, k, p.group, scales[g], p.zeros ? zeros[g] : 0.0f, true, out + (k - from));
+    for (int64_t k = from, left; k < end; k += left) {
+      left = std::min(p.group - k % p.group, end - k);
+      decode<F>(row, k, left, rules.at(k / p.group * p.panel + i), out + (k - from));
     }
   }
   if (end < to) std::memset(out + (end - from), 0, (to - end) * sizeof(Element));
@@ -105,9 +119,7 @@ void run_panel(const void* problem, int64_t index) {
   int64_t panel = index % p.num_panels, row = index / p.num_panels * kRowBlock;
   int64_t num_rows = std::min(kRowBlock, p.rows - row);
   int64_t first = panel * p.panel, count = std::min(p.panel, p.outputs - first);
-  float* scales = scratch<float>(0, p.panel * p.groups);
-  float* zeros = scratch<float>(1, p.panel * p.groups);
-  widen_scales(p, first, count, scales, zeros);
+  Rules rules = rules_of(p, first, count);
   bool few = num_rows <= kFewRows;
   int64_t at_once = few ? 8 : p.panel;
   int64_t padded = (p.inputs + kPad - 1) / kPad * kPad;
@@ -119,16 +131,16 @@ void run_panel(const void* problem, int64_t index) {
     for (int64_t from = 0; from < padded; from += span) {
       int64_t to = std::min(from + span, padded);
       for (int64_t i = 0; i < real; ++i)
-        decode_row<F>(p, first + n + i, from, to, scales + n + i, zeros + n + i, w + i * w_stride);
+        decode_row<F>(p, first + n + i, from, to, rules, n + i, w + i * w_stride);
       for (int64_t i = real; i < whole; ++i) std::memset(w + i * w_stride, 0, (to - from) * sizeof(Element));
       for (int64_t k = from; k < to; k += kChunk<Element>)
         multiply_rows<Element>(p, row, num_rows, w + (k - from), w_stride, k, std::min(kChunk<Element>, to - k), whole, sums,
                                at_once);
     }
     if (p.out_type == ffi::DataType::F32)
-      finish<float>(p, row, num_rows, first + n, real, scales + n, sums, at_once);
+      finish<float>(p, row, num_rows, first + n, real, rules.scales + n, sums, at_once);
     else
-      finish<Half>(p, row, num_rows, first + n, real, scales + n, sums, at_once);
+      finish<Half>(p, row, num_rows, first + n, real, rules.scales + n, sums, at_once);
   }
 }
 
@@ -143,16 +155,20 @@ Piece runner_of(ffi::DataType stored) {
 // ---- The call
 
 ffi::Error packed_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer stored, ffi::AnyBuffer scales,
-                          ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> out) {
+                          ffi::AnyBuffer zeros, ffi::AnyBuffer offsets, ffi::Result<ffi::AnyBuffer> out) {
   Problem p;
   p.rows = x.dimensions()[0], p.stride = x.dimensions()[1];
   p.outputs = stored.dimensions()[0], p.inputs = stored.dimensions()[1];
-  p.groups = scales.dimensions()[0], p.group = p.groups > 1 ? p.inputs / p.groups : 0;
+  bool is_moved = offsets.element_count() > 0;
+  p.groups = scales.dimensions()[0], p.group = p.groups > 1 || is_moved ? p.inputs / p.groups : 0;
   if (p.stride != (p.inputs + kPad - 1) / kPad * kPad)
     return ffi::Error::InvalidArgument("activations are not padded to a multiple of 32");
   p.x = x.untyped_data(), p.stored = static_cast<const uint8_t*>(stored.untyped_data());
   p.scales = scales.untyped_data(), p.scale_type = scales.element_type();
   p.zeros = zeros.element_count() ? static_cast<const int8_t*>(zeros.untyped_data()) : nullptr;
+  p.offsets = is_moved ? offsets.untyped_data() : nullptr;
+  if (is_moved && offsets.element_type() != p.scale_type)
+    return ffi::Error::InvalidArgument("offsets are not of the scales' type");
   p.out = out->untyped_data(), p.out_type = out->element_type();
   if (p.out_type != ffi::DataType::F32 && p.out_type != ffi::DataType::BF16)
     return ffi::Error::InvalidArgument("results are float32 or bfloat16");
@@ -176,6 +192,7 @@ ffi::Error packed_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_packed_product, quire::packed_product,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()

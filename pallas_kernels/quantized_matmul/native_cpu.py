@@ -1,8 +1,8 @@
 """The product with packed weights in C++ (`native/product.cc`): each weight is read from memory once, packed.
 
 A result is the sum of products of the activations with bfloat16 numbers (float32 for float32 activations): the stored
-numbers themselves, less their zero points, where an output has one scale, which multiplies the sum; with groups, the
-weights' values, rounded to the activations' dtype as they are on every other device. The order of additions depends on
+numbers themselves, less their zero points, where an output has one scale, which multiplies the sum; with groups or
+offsets, the weights' values, rounded to the activations' dtype as they are on every other device. The order of additions depends on
 nothing but the number of inputs.
 """
 
@@ -36,8 +36,6 @@ def supports(problem: QuantizedMatmulProblem) -> str | None:
     """None, or the reason why it cannot run the problem."""
     if problem.rule.activations == "int8" and problem.group_size < 0:
         return "8-bit integers on both sides are faster as XLA's integer dots"
-    if problem.offsets:
-        return "weights with offsets"
     if problem.static_activations:
         return "activations quantized by a scale known beforehand"
     if problem.dtype not in ("float32", "bfloat16", "float16"):
@@ -83,9 +81,13 @@ def _product(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array
         x = x.astype(jnp.float32)
     x = jnp.pad(x, ((0, 0), (0, -weight.k % PADDED)))
     zeros = jnp.zeros(0, jnp.int8) if weight.zero_points is None else weight.zero_points
+    offsets = jnp.zeros(0, weight.scales.dtype) if weight.offsets is None else weight.offsets
+    scales = weight.scales
+    if offsets.dtype != scales.dtype:
+        scales, offsets = scales.astype(jnp.float32), offsets.astype(jnp.float32)
     direct = jnp.dtype(out_dtype) if out_dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
     shape = jax.ShapeDtypeStruct((x.shape[0], weight.n), direct)
-    return jax.ffi.ffi_call("quire_packed_product", shape)(x, weight.stored, weight.scales, zeros).astype(out_dtype)
+    return jax.ffi.ffi_call("quire_packed_product", shape)(x, weight.stored, scales, zeros, offsets).astype(out_dtype)
 
 
 def _as_fp8(x: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -174,6 +175,24 @@ def test_rows_are_as_if_they_were_alone(k: int, group_size: int, kind: str, dtyp
     expected = np.asarray(call(x, weight, implementation="reference", out_dtype="float32"))
     tolerance = 3e-6 if dtype == "float32" else 4e-3
     np.testing.assert_allclose(whole, expected, atol=tolerance * np.abs(expected).max())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["w4a16", "w8a16", "w8a16_fp8"])
+@pytest.mark.parametrize(("k", "group_size"), [(2304, 64), (2274, -1)])
+def test_offsets_are_added_to_each_weight(k: int, group_size: int, kind: str, dtype: str) -> None:
+    """In more than one chunk of inputs, with 7 rows and with 40; they are as large as weights."""
+    rng = np.random.default_rng(23)
+    case = Case("", 40, k, 45, kind, group_size, zero_points=kind != "w8a16_fp8", scale_dtype="bfloat16")
+    weight, x = case.weight(rng), case.activations(rng, dtype)
+    offsets = jnp.asarray(rng.uniform(-0.05, 0.05, weight.scales.shape), "bfloat16")
+    weight = replace(weight, offsets=offsets)
+    expected = np.asarray(call(x, weight, implementation="reference", out_dtype="float32"))
+    tolerance = (3e-6 if dtype == "float32" else 4e-3) * np.abs(expected).max()
+    for rows in (7, 40):
+        found = call(x[:rows], weight, implementation="native_cpu", out_dtype="float32")
+        np.testing.assert_allclose(found, expected[:rows], atol=tolerance)
 
 
 @needs_compiler
