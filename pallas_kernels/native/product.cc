@@ -38,7 +38,14 @@ struct Problem {
 template <typename T>
 void widen(const void* from, int64_t first, int64_t count, float* to) {
   const T* start = static_cast<const T*>(from) + first;
-  for (int64_t n = 0; n < count; ++n) {
+  int64_t n = 0;
+#if defined(QUIRE_AVX512) || defined(QUIRE_AVX2)
+  if constexpr (std::is_same_v<T, _Float16>) {  // GCC converts them one by one
+    for (; n + 8 <= count; n += 8)
+      _mm256_storeu_ps(to + n, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(start + n))));
+  }
+#endif
+  for (; n < count; ++n) {
     if constexpr (std::is_same_v<T, Half>)
       to[n] = float_of(start[n]);
     else
@@ -79,9 +86,10 @@ void decode_row(const Problem& p, int64_t output, int64_t from, int64_t to, cons
   if (p.group == 0) {
     decode<F>(row, from, end - from, Rule{false, 1, rules.at(i).zero, 0}, out);
   } else {
-    for (int64_t k = from, left; k < end; k += left) {
-      left = std::min(p.group - k % p.group, end - k);
-      decode<F>(row, k, left, rules.at(k / p.group * p.panel + i), out + (k - from));
+    int64_t first = from / p.group, left = std::min((first + 1) * p.group, end) - from;  // the first may have begun before
+    for (int64_t k = from, at = first * p.panel + i; k < end; at += p.panel) {
+      decode<F>(row, k, left, rules.at(at), out + (k - from));
+      k += left, left = std::min(p.group, end - k);
     }
   }
   if (end < to) std::memset(out + (end - from), 0, (to - end) * sizeof(Element));

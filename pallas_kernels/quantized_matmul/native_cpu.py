@@ -2,8 +2,8 @@
 
 A result is the sum of products of the activations with bfloat16 numbers (float32 for float32 activations): the stored
 numbers themselves, less their zero points, where an output has one scale, which multiplies the sum; with groups or
-offsets, the weights' values, rounded to the activations' dtype as they are on every other device. The order of additions depends on
-nothing but the number of inputs.
+offsets, the weights' values, rounded to the activations' dtype as they are on every other device. The order of
+additions depends on nothing but the number of inputs.
 """
 
 from __future__ import annotations
