@@ -15,6 +15,7 @@ from pallas_kernels import native
 from pallas_kernels.device import Device
 from pallas_kernels.matmul.problem import MatmulProblem
 
+MOST_ROWS = 256  # of bfloat16, for "auto"
 PADDED = 32  # rows of activations are padded to a multiple of it
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,7 +35,15 @@ def supports(problem: MatmulProblem) -> str | None:
 
 def yields(problem: MatmulProblem, device: Device) -> str | None:
     """None, or the reason why "auto" passes it over: XLA is as fast or faster there (docs/measurements/cpu-dots.md)."""
-    del device, problem
+    del device
+    if problem.dtype == problem.weight_dtype == "float16":
+        return None  # which XLA multiplies one number at a time
+    if problem.dtype != "bfloat16" or problem.weight_dtype != "bfloat16":
+        return "XLA reads float32 at the speed of memory"
+    if not native.has_bfloat16_dots():
+        return "a processor without AVX-512's dots of bfloat16"
+    if problem.m > MOST_ROWS:
+        return f"{problem.m} rows, more than {MOST_ROWS}"
     return None
 
 

@@ -71,6 +71,16 @@ inline Lanes widen_lanes(const W* from) {
 
 inline Lanes widen_lanes(const float* from) { return lanes_at(from); }
 
+#if defined(QUIRE_AVX512)
+inline Lanes widen_lanes(const _Float16* from) {  // which GCC would do one by one
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+#elif defined(QUIRE_AVX2)
+inline Lanes widen_lanes(const _Float16* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+#endif
+
 // ---- Weights [K, N]: two vectors of a step's weights, their product with an input, and their sums in order
 
 template <typename Weight>
@@ -295,12 +305,15 @@ const Element* weights_at(const Problem& p, int64_t first, int64_t count, int64_
   stride = copy_stride;
   for (int64_t i = 0; i < up(count, 8); ++i) {
     Element* to = copy + i * copy_stride;
-    int64_t real = i < count ? p.inputs : 0;
-    for (int64_t k = 0; k < real; ++k) {
-      if constexpr (std::is_same_v<Element, W>)
-        to[k] = from[i * p.inputs + k];
-      else
-        to[k] = widen(from[i * p.inputs + k]);
+    int64_t real = i < count ? p.inputs : 0, k = 0;
+    if constexpr (std::is_same_v<Element, W>) {
+      std::memcpy(to, from + i * p.inputs, real * sizeof(W));
+    } else {
+      for (; k + kLanes <= real; k += kLanes) {
+        __builtin_prefetch(from + i * p.inputs + k + kAhead / sizeof(W));
+        put(to + k, widen_lanes(from + i * p.inputs + k));
+      }
+      for (; k < real; ++k) to[k] = widen(from[i * p.inputs + k]);
     }
     std::memset(to + real, 0, (copy_stride - real) * sizeof(Element));
   }
@@ -366,6 +379,8 @@ ffi::Error dense_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer 
   if (!run) return ffi::Error::InvalidArgument("no product of these types");
   int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   p.block = std::min(p.rows, kRowBlock);
+  // Small matrices are cut up further, so that a thread that others hold up has not much left to do.
+  if (up(p.outputs, 256) / 256 * up(p.rows, p.block) / p.block < 8 * threads) p.block = std::min(p.rows, kRowBlock / 2);
   int64_t blocks = (p.rows + p.block - 1) / p.block;
   if (by_rows)
     p.panel = 64;
