@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def measure(workload: str, rows: int, dtype: str, turns: int) -> dict[str, list[
     dense = [jnp.asarray(rng.standard_normal(s[::-1] if transposed else s) * s[0] ** -0.5, dtype) for s in shapes]
     x = jnp.asarray(rng.standard_normal((rows, max(k for k, _ in shapes))), dtype)
 
-    def run_with(implementation: str) -> jax.stages.Wrapped:
+    def run_with(implementation: str) -> Callable[..., jax.Array]:
         def product(x: jax.Array, w: jax.Array) -> jax.Array:
             out_dtype = jnp.float32 if transposed else x.dtype
             y = matmul(x, w, transposed=transposed, out_dtype=out_dtype, implementation=implementation)
