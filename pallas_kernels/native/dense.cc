@@ -71,7 +71,7 @@ inline Lanes widen_lanes(const W* from) {
 
 inline Lanes widen_lanes(const float* from) { return lanes_at(from); }
 
-#if defined(QUIRE_AVX512)
+#if defined(__AVX512F__)
 inline Lanes widen_lanes(const _Float16* from) {  // which GCC would do one by one
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
