@@ -96,8 +96,6 @@ def measure(
     for name, form in forms_asked.items():
         packed = [pack(w, form) for w in dense]
         for implementation in implementations:
-            if implementation == "native_cpu" and form.kind == "w8a8" and form.group_size < 0:
-                continue  # XLA's only
 
             def product(x: jax.Array, w: QuantizedWeight, implementation: str = implementation) -> jax.Array:
                 return quantized_matmul(x, w, implementation=implementation)

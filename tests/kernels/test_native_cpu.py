@@ -265,11 +265,27 @@ def test_calls_from_several_threads_share_the_pool() -> None:
     assert not wrong
 
 
+@needs_compiler
+@pytest.mark.skipif(library.unavailable() is None and not library.has_integer_dots(), reason="no dots of integers")
+@pytest.mark.parametrize(("k", "n"), [(64, 1), (1000, 45), (4097, 130)])
+def test_sums_of_integers_are_exact(k: int, n: int) -> None:
+    """The extremes of both sides among them."""
+    rng = np.random.default_rng(24)
+    x, stored = rng.integers(-128, 128, (13, k)), rng.integers(-128, 128, (n, k))
+    x[0], stored[0] = -128, -128
+    x[1] = 127
+    for first, last in ((0, 1), (1, 3), (3, 6), (0, 13)):
+        found = native_cpu._integer_product(jnp.asarray(x[first:last], jnp.int8), jnp.asarray(stored, jnp.int8))
+        np.testing.assert_array_equal(found, (x[first:last] @ stored.T).astype(np.float32))
+
+
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x = jnp.ones((2, 33))
     with pytest.raises(UnsupportedImplementationError, match="33 weights of 4 bits end inside a byte"):
         quantized_matmul(x, from_dense(jnp.ones((33, 8)), "w4a16"), implementation="native_cpu")
-    with pytest.raises(UnsupportedImplementationError, match="faster as XLA's integer dots"):
+    monkeypatch.setattr(native_cpu.native, "unavailable", lambda: None)
+    monkeypatch.setattr(native_cpu.native, "has_integer_dots", lambda: False)
+    with pytest.raises(UnsupportedImplementationError, match="without AVX-512's dots of them"):
         quantized_matmul(x, from_dense(jnp.ones((33, 8)), "w8a8"), implementation="native_cpu")
 
 
