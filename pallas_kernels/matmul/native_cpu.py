@@ -1,7 +1,7 @@
 """The matrix product in C++ (`native/dense.cc`): weights are read where they lie, once, at the speed of memory.
 
 The order of additions depends on nothing but the number of inputs: a row's result is the same bits whatever rows are
-beside it.
+beside it. Nothing differentiates it: training writes its products with XLA's own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def supports(problem: MatmulProblem) -> str | None:
     for dtype in (problem.dtype, problem.weight_dtype):
         if dtype not in DTYPES:
             return f"operands are {dtype}, not float32, bfloat16 or float16"
+    if 0 in (problem.m, problem.k, problem.n):
+        return "an operand is empty"
     return native.unavailable()
 
 

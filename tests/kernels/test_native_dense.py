@@ -79,6 +79,7 @@ def test_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(native, "has_bfloat16_dots", lambda dots=dots: dots)
         found = native_cpu.yields(MatmulProblem(rows, 64, 64, dtype, dtype, False), cpu)
         assert found is None if reason is None else reason in (found or "")
+    assert OP.choose("auto", MatmulProblem(0, 64, 64, "bfloat16", "bfloat16", False)).name == "xla"
     monkeypatch.setattr(native, "unavailable", lambda: "no compiler")
     with pytest.raises(UnsupportedImplementationError, match="no compiler"):
         OP.choose("native_cpu", MatmulProblem(1, 64, 64, "bfloat16", "bfloat16", False))
