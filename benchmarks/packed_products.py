@@ -11,7 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -34,11 +34,13 @@ MAGNITUDE = 1e-8  # of what a product adds to the next one's activations: enough
 
 @dataclass(frozen=True)
 class Format:
-    """How weights are packed; fields as in `from_dense`."""
+    """How weights are packed; fields as in `from_dense`, and whether an offset is added to the weights of a group."""
 
     kind: str
     group_size: int = -1
     zero_points: bool = False
+    scale_dtype: str = "bfloat16"
+    offsets: bool = False
 
 
 FORMATS = {
@@ -53,6 +55,9 @@ FORMATS = {
     "fp8 x fp8, group 64": Format("w8a8_fp8", 64),
     "int8 x int8": Format("w8a8"),
     "int8 x int8, group 64": Format("w8a8", 64),
+    "Q8_0": Format("w8a16", 32, False, "float16"),
+    "Q4_0": Format("w4a16", 32, False, "float16"),
+    "Q4_1": Format("w4a16", 32, True, "float16", True),
 }
 
 
@@ -70,7 +75,17 @@ def step(product: Callable[[jax.Array, Any], jax.Array], shapes: Sequence[tuple[
     return jax.jit(run)
 
 
-def measure(model: str, rows: int, dtype: str, implementations: Sequence[str], turns: int) -> dict[str, list[float]]:
+def pack(weight: jax.Array, form: Format) -> QuantizedWeight:
+    """`weight`, rounded; offsets are of zeros, which costs the same."""
+    packed = from_dense(
+        weight, form.kind, form.group_size, zero_points=form.zero_points, scale_dtype=jnp.dtype(form.scale_dtype)
+    )
+    return replace(packed, offsets=jnp.zeros_like(packed.scales)) if form.offsets else packed
+
+
+def measure(
+    model: str, rows: int, dtype: str, implementations: Sequence[str], turns: int, forms_asked: dict[str, Format]
+) -> dict[str, list[float]]:
     """Seconds of each turn of each form, by its name; "dense" is one of them."""
     shapes, rng = SHAPES[model], np.random.default_rng(0)
     dense = [jnp.asarray(rng.standard_normal(s) * s[0] ** -0.5, jnp.float32) for s in shapes]
@@ -78,14 +93,9 @@ def measure(model: str, rows: int, dtype: str, implementations: Sequence[str], t
     forms: dict[str, tuple[Callable[..., jax.Array], list[Any]]] = {
         "dense": (step(lambda x, w: matmul(x, w), shapes), [w.astype(dtype) for w in dense])
     }
-    for name, form in FORMATS.items():
-        packed = [
-            from_dense(w, form.kind, form.group_size, zero_points=form.zero_points, scale_dtype=jnp.bfloat16)
-            for w in dense
-        ]
+    for name, form in forms_asked.items():
+        packed = [pack(w, form) for w in dense]
         for implementation in implementations:
-            if implementation == "native_cpu" and form.kind == "w8a8" and form.group_size < 0:
-                continue  # XLA's only
 
             def product(x: jax.Array, w: QuantizedWeight, implementation: str = implementation) -> jax.Array:
                 return quantized_matmul(x, w, implementation=implementation)
@@ -117,11 +127,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", default="1,4,16,64,512")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--implementations", default="native_cpu,xla")
+    parser.add_argument("--formats", default=",,".join(FORMATS), help="names between ',,' (default: all)")
     parser.add_argument("--turns", type=int, default=9)
     options = parser.parse_args(arguments)
     native.configure(Environment.read().cache_dir / "native")
     rows = [int(m) for m in options.rows.split(",")]
-    found = [measure(options.model, m, options.dtype, options.implementations.split(","), options.turns) for m in rows]
+    asked = {name: FORMATS[name] for name in options.formats.split(",,")}
+    names = options.implementations.split(",")
+    found = [measure(options.model, m, options.dtype, names, options.turns, asked) for m in rows]
     cells = [ratios(times) for times in found]
     print(f"{options.model}, {options.dtype}, {options.turns} turns\n")
     lines = [["dense, ms", *(f"{min(times['dense']) * 1e3:.1f}" for times in found)]]

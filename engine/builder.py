@@ -39,6 +39,7 @@ from models.functional import Params
 from models.loading.load import LoadedModel, load_model, read_generation_config
 from models.loading.resolver import FetchOptions, ModelFiles, resolve_model, resolve_tokenizer
 from pallas_kernels import native
+from pallas_kernels.matmul import OP as MATMUL
 from pallas_kernels.registry import chosen_implementations
 
 logger = logging.getLogger("quire")
@@ -278,10 +279,11 @@ def make_program(
         CacheWriteError: the cache cannot be made.
     """
     matmul = config.kernels.matmul_implementation
-    if loaded.quantization is None and matmul != "auto":
+    of_dense = ["auto", *(each.name for each in MATMUL.implementations)]
+    if loaded.quantization is None and matmul not in of_dense:
         raise ConfigError(
             f"matmul_implementation={matmul!r} is of products with quantized weights, and this model has none. "
-            f"Set quantization to one of {', '.join(QUANTIZATIONS)}, or leave it 'auto'."
+            f"Set quantization to one of {', '.join(QUANTIZATIONS)}, or take one of {', '.join(of_dense)}."
         )
     dtype = loaded.dtype
     limits = resolve_limits(config, loaded.config, dtype, loaded.kv_cache_dtype)

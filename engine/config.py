@@ -188,7 +188,7 @@ class KernelConfig:
 
     attention_implementation: str = _setting("auto", "implementation of paged attention", IMPLEMENTATIONS)
     matmul_implementation: str = _setting(
-        "auto", "implementation of products with quantized weights", MATMUL_IMPLEMENTATIONS
+        "auto", "implementation of products with weights, quantized or not", MATMUL_IMPLEMENTATIONS
     )
     cpu_compiler: str = _setting(
         "auto", "C++ compiler of native kernels on a CPU; auto = the one installed, '' = no such kernels"

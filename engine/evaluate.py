@@ -17,6 +17,7 @@ from engine.runtime.progress import Report
 from engine.text.tokenizer import Tokenizer
 from models.loading.resolver import resolve_model, resolve_tokenizer
 from models.quantizer.evaluate import Predictions, Scores, cut_windows, predict, score
+from pallas_kernels import native
 
 
 def held_out_text() -> str:
@@ -35,7 +36,7 @@ def evaluate_model(
     model is loaded, except for its head.
 
     Args:
-        config: which model, in which dtype, quantized how; `kernels.matmul_implementation` applies.
+        config: which model, in which dtype, quantized how; of `kernels` all but attention applies.
         reference: another model with the same tokens, or the same one without quantization.
         text: None = `held_out_text()`.
         window: most tokens that are predicted from each other, BOS included where the tokenizer adds it.
@@ -85,6 +86,7 @@ def _run(config: EngineConfig, text: str, window: int, report: Report) -> _Run:
     added = tokenizer.encode("", add_special_tokens=True)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id in added[:1] else None
     windows = cut_windows(ids, window, first)
+    native.configure(environment.cache_dir / "native", config.kernels.cpu_compiler)
     enable_persistent_cache(config.compile, environment.cache_dir / "xla")
     loaded = load_weights(config.load, files.path, report)
     longest = loaded.config.max_position_embeddings
@@ -96,7 +98,7 @@ def _run(config: EngineConfig, text: str, window: int, report: Report) -> _Run:
         loaded.config,
         loaded.params,
         windows,
-        matmul_implementation=config.kernels.matmul_implementation if loaded.quantization else "auto",
+        matmul_implementation=config.kernels.matmul_implementation,
         progress=_windows_done(report),
     )
     return _Run(config, loaded.quantization, loaded.dtype, windows, predictions)

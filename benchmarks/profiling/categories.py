@@ -32,7 +32,7 @@ class Rule:
         return not self.place or any(self.place in f"{frame.file}:{frame.function}" for frame in instruction.frames)
 
 
-_DOT = frozenset({"dot", "convolution"})
+_DOT = frozenset({"dot", "convolution", "custom-call"})
 _SOFTMAX = frozenset({"exponential", "reduce", "divide"})
 _COPY = frozenset({"copy", "copy-start", "copy-done"})
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.matmul import matmul
+from pallas_kernels.matmul import OP, matmul
+from pallas_kernels.op import AUTO
 from pallas_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
 
 Matrix = jax.Array | QuantizedWeight
@@ -37,7 +38,8 @@ def product(x: jax.Array, weight: Weight, implementation: str = "auto") -> jax.A
     Args:
         x: [T, in].
         weight: [in, out].
-        implementation: of products with packed weights; dense ones are always XLA's.
+        implementation: "auto" or a name; dense products, which have fewer, take "auto" for a name that is none of
+            theirs.
 
     Returns:
         [T, out].
@@ -46,7 +48,7 @@ def product(x: jax.Array, weight: Weight, implementation: str = "auto") -> jax.A
         return jnp.concatenate([product(x, part, implementation) for part in weight.parts], axis=-1)
     if isinstance(weight, QuantizedWeight):
         return quantized_matmul(x, weight, implementation=implementation)
-    return matmul(x, weight)
+    return matmul(x, weight, implementation=_of_dense(implementation))
 
 
 def product_with_rows(x: jax.Array, table: Weight, out_dtype: Any, implementation: str = "auto") -> jax.Array:
@@ -65,4 +67,8 @@ def product_with_rows(x: jax.Array, table: Weight, out_dtype: Any, implementatio
         raise TypeError("a head is one matrix")
     if isinstance(table, QuantizedWeight):
         return quantized_matmul(x, table, out_dtype=out_dtype, implementation=implementation)
-    return matmul(x, table, transposed=True, out_dtype=out_dtype)
+    return matmul(x, table, transposed=True, out_dtype=out_dtype, implementation=_of_dense(implementation))
+
+
+def _of_dense(implementation: str) -> str:
+    return implementation if implementation in (each.name for each in OP.implementations) else AUTO

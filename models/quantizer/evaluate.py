@@ -129,7 +129,7 @@ def predict(
         config: the decoder.
         params: its weights, dense or packed; activations are of the dtype of the final norm's.
         windows: int32[W, L].
-        matmul_implementation: of products with packed weights.
+        matmul_implementation: as in `models.layers.product.product`.
         progress: called after each window with windows done and their number.
 
     Raises:

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.matmul import reference, xla
+from pallas_kernels.matmul import native_cpu, reference, xla
+from pallas_kernels.matmul.problem import MatmulProblem
 from pallas_kernels.op import Implementation, Op
-
-
-@dataclass(frozen=True)
-class MatmulProblem:
-    """Static description: M rows, K inputs, N outputs, dtype of the operands."""
-
-    m: int
-    k: int
-    n: int
-    dtype: str
 
 
 def _everything(problem: MatmulProblem) -> str | None:
@@ -30,10 +20,13 @@ def _everything(problem: MatmulProblem) -> str | None:
 OP = Op(
     name="matmul",
     implementations=(
+        Implementation(
+            "native_cpu", {"run": native_cpu.run}, native_cpu.supports, native_cpu.device_reason, native_cpu.yields
+        ),
         Implementation("xla", {"run": xla.run}, _everything),
         Implementation("reference", {"run": reference.run}, _everything),
     ),
-    automatic=("xla",),
+    automatic=("native_cpu", "xla"),
 )
 
 
@@ -52,6 +45,6 @@ def matmul(
         [M, N].
     """
     n = weight.shape[0 if transposed else 1]
-    problem = MatmulProblem(x.shape[0], x.shape[1], n, str(x.dtype))
+    problem = MatmulProblem(x.shape[0], x.shape[1], n, str(x.dtype), str(weight.dtype), transposed)
     chosen = OP.choose(implementation, problem)
     return chosen.functions["run"](x, weight, transposed, jnp.dtype(out_dtype or x.dtype))

@@ -9,6 +9,6 @@ The package reads no environment: who uses it says with `configure` where librar
 them.
 """
 
-from pallas_kernels.native.library import configure, has_bfloat16_dots, unavailable
+from pallas_kernels.native.library import configure, has_bfloat16_dots, has_integer_dots, unavailable
 
-__all__ = ["configure", "has_bfloat16_dots", "unavailable"]
+__all__ = ["configure", "has_bfloat16_dots", "has_integer_dots", "unavailable"]

@@ -1,8 +1,8 @@
 // Packed weights to rows of plain numbers: what each format means, and how to read it fast.
 //
 // A row is one output's weights along the inputs. `decode` writes `count` of them, a multiple of 32 whenever the
-// weights have groups, as bfloat16 (`Half`) or float. Values are `(number - zero) * scale`: exact without a scale, and
-// rounded once to the element's type with one.
+// weights have groups, as bfloat16 (`Half`) or float. Values are `(number - zero) * scale + offset`: exact without a scale,
+// which also means without an offset, and rounded once to the element's type with one.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,12 @@
 #endif
 
 namespace quire {
+
+// What numbers become: `(number - zero) * scale + offset`, or `number - zero` if not `scaled`.
+struct Rule {
+  bool scaled;
+  float scale = 1, zero = 0, offset = 0;
+};
 
 enum class Format { kInt4, kInt8, kFp8 };  // two's complement, the lower four bits first; e4m3fn
 
@@ -90,10 +96,11 @@ struct Reader<Format::kInt4> {  // a table of the 16 values there can be
   __m512 values;
   __m512i halves_table;
 
-  Reader(float scale, float zero, bool scaled) {
+  explicit Reader(const Rule& rule) {
     values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-    values = _mm512_sub_ps(values, _mm512_set1_ps(zero));
-    if (scaled) values = _mm512_mul_ps(values, _mm512_set1_ps(scale));
+    values = _mm512_sub_ps(values, _mm512_set1_ps(rule.zero));
+    if (rule.scaled)
+      values = _mm512_add_ps(_mm512_mul_ps(values, _mm512_set1_ps(rule.scale)), _mm512_set1_ps(rule.offset));
     halves_table = join(values, values);
   }
   __m512i halves(const uint8_t* row) const {  // an index's upper bits count for nothing
@@ -108,27 +115,33 @@ struct Reader<Format::kInt4> {  // a table of the 16 values there can be
 
 template <>
 struct Reader<Format::kInt8> {
-  __m512 scale, zero;
+  __m512 scale, zero, offset;
   bool scaled;
 
-  Reader(float s, float z, bool scaled) : scale(_mm512_set1_ps(s)), zero(_mm512_set1_ps(z)), scaled(scaled) {}
+  explicit Reader(const Rule& rule)
+      : scale(_mm512_set1_ps(rule.scale)),
+        zero(_mm512_set1_ps(rule.zero)),
+        offset(_mm512_set1_ps(rule.offset)),
+        scaled(rule.scaled) {}
   __m512 floats(const uint8_t* row) const {
     __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
     __m512 value = _mm512_sub_ps(_mm512_cvtepi32_ps(wide), zero);
-    return scaled ? _mm512_mul_ps(value, scale) : value;
+    return scaled ? _mm512_add_ps(_mm512_mul_ps(value, scale), offset) : value;
   }
   __m512i halves(const uint8_t* row) const { return join(floats(row), floats(row + 16)); }
 };
 
 template <>
 struct Reader<Format::kFp8> {
-  __m512 scale;
+  __m512 scale, offset;
   bool scaled;
   __m512i table[4];
 
-  Reader(float s, float, bool scaled) : scale(_mm512_set1_ps(s)), scaled(scaled) {
+  explicit Reader(const Rule& rule)
+      : scale(_mm512_set1_ps(rule.scale)), offset(_mm512_set1_ps(rule.offset)), scaled(rule.scaled) {
     for (int i = 0; i < 4; ++i) table[i] = _mm512_load_si512(kFp8.halves + 32 * i);
   }
+  __m512 value_of(__m512 number) const { return _mm512_add_ps(_mm512_mul_ps(number, scale), offset); }
   __m512i plain(const uint8_t* row) const {
     __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
     __mmask32 upper = _mm512_test_epi16_mask(bytes, _mm512_set1_epi16(0x40));
@@ -141,15 +154,15 @@ struct Reader<Format::kFp8> {
     __m512i value = plain(row);
     if (!scaled) return value;
     __m512 low = floats_of(_mm512_castsi512_si256(value)), high = floats_of(_mm512_extracti64x4_epi64(value, 1));
-    return join(_mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale));
+    return join(value_of(low), value_of(high));
   }
 };
 
 inline void read32(const Reader<Format::kFp8>& reader, const uint8_t* row, float* out) {
   __m512i value = reader.plain(row);
   __m512 low = floats_of(_mm512_castsi512_si256(value)), high = floats_of(_mm512_extracti64x4_epi64(value, 1));
-  _mm512_storeu_ps(out, reader.scaled ? _mm512_mul_ps(low, reader.scale) : low);
-  _mm512_storeu_ps(out + 16, reader.scaled ? _mm512_mul_ps(high, reader.scale) : high);
+  _mm512_storeu_ps(out, reader.scaled ? reader.value_of(low) : low);
+  _mm512_storeu_ps(out + 16, reader.scaled ? reader.value_of(high) : high);
 }
 
 template <Format F>
@@ -193,17 +206,22 @@ inline __m256 numbers<Format::kFp8>(const uint8_t* row) {  // as float16: sign, 
 
 template <Format F>
 struct Reader {
-  __m256 scale, zero;
+  __m256 scale, zero, offset;
   bool scaled;
 
-  Reader(float s, float z, bool scaled) : scale(_mm256_set1_ps(s)), zero(_mm256_set1_ps(z)), scaled(scaled) {}
+  explicit Reader(const Rule& rule)
+      : scale(_mm256_set1_ps(rule.scale)),
+        zero(_mm256_set1_ps(rule.zero)),
+        offset(_mm256_set1_ps(rule.offset)),
+        scaled(rule.scaled) {}
 };
 
 template <Format F>
 inline void read32(const Reader<F>& reader, const uint8_t* row, float* out) {
   for (int i = 0; i < 32; i += 8) {
     __m256 value = _mm256_sub_ps(numbers<F>(row + i * kBits<F> / 8), reader.zero);
-    _mm256_storeu_ps(out + i, reader.scaled ? _mm256_mul_ps(value, reader.scale) : value);
+    if (reader.scaled) value = _mm256_add_ps(_mm256_mul_ps(value, reader.scale), reader.offset);
+    _mm256_storeu_ps(out + i, value);
   }
 }
 
@@ -211,11 +229,10 @@ inline void read32(const Reader<F>& reader, const uint8_t* row, float* out) {
 
 // `count` numbers from `first` on of the row at `row`. Without AVX2 the compiler makes what it can of the loop.
 template <Format F, typename Element>
-inline void decode(const uint8_t* row, int64_t first, int64_t count, float scale, float zero, bool scaled,
-                   Element* out) {
+inline void decode(const uint8_t* row, int64_t first, int64_t count, const Rule& rule, Element* out) {
   int64_t k = 0;
 #if defined(QUIRE_AVX512) || defined(QUIRE_AVX2)
-  Reader<F> reader(scale, zero, scaled);
+  Reader<F> reader(rule);
   const uint8_t* bytes = row + first * kBits<F> / 8;
   for (; k + 32 <= count; k += 32) {
     __builtin_prefetch(bytes + k * kBits<F> / 8 + kAhead);
@@ -223,8 +240,8 @@ inline void decode(const uint8_t* row, int64_t first, int64_t count, float scale
   }
 #endif
   for (; k < count; ++k) {
-    float value = number_at<F>(row, first + k) - zero;
-    store(out + k, scaled ? value * scale : value);
+    float value = number_at<F>(row, first + k) - rule.zero;
+    store(out + k, rule.scaled ? value * rule.scale + rule.offset : value);
   }
 }
 

@@ -20,8 +20,12 @@ import jax
 logger = logging.getLogger("quire.kernels")
 
 SOURCES = Path(__file__).parent
-MAIN = "product.cc"
-TARGETS = {"quire_packed_product": "quire_packed_product"}  # name for XLA -> symbol
+MAIN = ("dense.cc", "integers.cc", "product.cc")
+TARGETS = {  # name for XLA -> symbol
+    "quire_dense_product": "quire_dense_product",
+    "quire_integer_product": "quire_integer_product",
+    "quire_packed_product": "quire_packed_product",
+}
 COMPILERS = ("c++", "g++", "clang++")  # in the order in which "auto" looks for them
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 COMPILE_S = 120.0
@@ -49,10 +53,12 @@ class Library:
     Attributes:
         unavailable: the reason.
         bfloat16_dots: whether it multiplies bfloat16; if not, activations must come as float32.
+        integer_dots: whether it multiplies 8-bit integers.
     """
 
     unavailable: str | None = None
     bfloat16_dots: bool = False
+    integer_dots: bool = False
 
 
 class BuildError(RuntimeError):
@@ -91,6 +97,11 @@ def has_bfloat16_dots() -> bool:
     return _loaded().bfloat16_dots
 
 
+def has_integer_dots() -> bool:
+    """Whether there is a product of 8-bit integers on both sides."""
+    return _loaded().integer_dots
+
+
 def _loaded() -> Library:
     global _library
     with _lock:
@@ -103,7 +114,10 @@ def _loaded() -> Library:
             else:
                 for name, symbol in TARGETS.items():
                     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
-                _library = Library(bfloat16_dots=bool(loaded.quire_dots_of_bfloat16()))
+                _library = Library(
+                    bfloat16_dots=bool(loaded.quire_dots_of_bfloat16()),
+                    integer_dots=bool(loaded.quire_dots_of_integers()),
+                )
         return _library
 
 
@@ -151,8 +165,9 @@ def _make(compiler: str, machine: str, kept_at: Path | None) -> ctypes.CDLL:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="quire-native-") as folder:
         made = Path(folder) / "native.so"
+        sources = [str(SOURCES / name) for name in MAIN]
         headers = ("-isystem", jax.ffi.include_dir())
-        _run([compiler, machine, *FLAGS, *headers, "-o", str(made), str(SOURCES / MAIN)])
+        _run([compiler, machine, *FLAGS, *headers, "-o", str(made), *sources])
         logger.info("compiled native kernels in %.1f s", time.monotonic() - started)
         if kept_at is not None:
             try:

@@ -1,9 +1,9 @@
 """The product with packed weights in C++ (`native/product.cc`): each weight is read from memory once, packed.
 
 A result is the sum of products of the activations with bfloat16 numbers (float32 for float32 activations): the stored
-numbers themselves, less their zero points, where an output has one scale, which multiplies the sum; with groups, the
-weights' values, rounded to the activations' dtype as they are on every other device. The order of additions depends on
-nothing but the number of inputs.
+numbers themselves, less their zero points, where an output has one scale, which multiplies the sum; with groups or
+offsets, the weights' values, rounded to the activations' dtype as they are on every other device. The order of
+additions depends on nothing but the number of inputs.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from pallas_kernels.device import Device
 from pallas_kernels.quantized_matmul import e4m3
 from pallas_kernels.quantized_matmul.activations import quantize_activations
 from pallas_kernels.quantized_matmul.problem import QuantizedMatmulProblem
-from pallas_kernels.quantized_matmul.weight import KINDS, QuantizedWeight
+from pallas_kernels.quantized_matmul.weight import KINDS, Kind, QuantizedWeight
+from pallas_kernels.quantized_matmul.xla import both
 
 PADDED = 32  # rows of activations are padded to a multiple of it
 MOST_ROWS_WITHOUT_DOTS = 16
+MOST_ROWS_OF_INTEGERS = 32
 
 
 def device_reason(device: Device) -> str | None:
@@ -31,11 +33,10 @@ def device_reason(device: Device) -> str | None:
 
 def supports(problem: QuantizedMatmulProblem) -> str | None:
     """None, or the reason why it cannot run the problem."""
-    if problem.rule.activations == "int8" and problem.group_size < 0:
-        return "8-bit integers on both sides are faster as XLA's integer dots"
-    if problem.offsets:
-        return "weights with offsets"
-    if problem.static_activations:
+    integers = _of_integers(problem.rule, problem.group_size)
+    if integers and not native.unavailable() and not native.has_integer_dots():
+        return "8-bit integers on both sides, on a processor without AVX-512's dots of them"
+    if problem.static_activations and not integers:
         return "activations quantized by a scale known beforehand"
     if problem.dtype not in ("float32", "bfloat16", "float16"):
         return f"activations are {problem.dtype}, not float32, bfloat16 or float16"
@@ -49,6 +50,9 @@ def yields(problem: QuantizedMatmulProblem, device: Device) -> str | None:
     and as fast with integers that have one scale per output (docs/measurements/quantized-matmul-cpu.md).
     """
     del device
+    if _of_integers(problem.rule, problem.group_size):
+        many = problem.m > MOST_ROWS_OF_INTEGERS
+        return f"{problem.m} rows of 8-bit integers on both sides, more than {MOST_ROWS_OF_INTEGERS}" if many else None
     if native.has_bfloat16_dots():
         return None
     if problem.m > MOST_ROWS_WITHOUT_DOTS:
@@ -63,6 +67,8 @@ def run(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
     dtype = KINDS[weight.kind].activations
     if dtype is None:
         return _product(x, weight, out_dtype)
+    if _of_integers(KINDS[weight.kind], weight.group_size):
+        return both(x, weight, dtype, _integer_product).astype(out_dtype)
     if dtype == "int8":
         numbers, scales = quantize_activations(x, dtype, weight.group_size)
         numbers = numbers.astype(jnp.float32)
@@ -74,15 +80,29 @@ def run(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
     return _product(met.reshape(x.shape).astype(x.dtype), weight, out_dtype)
 
 
+def _of_integers(rule: Kind, group_size: int) -> bool:
+    return rule.activations == "int8" and group_size < 0
+
+
+def _integer_product(x: jax.Array, stored: jax.Array) -> jax.Array:
+    """float32[M, N] of int8[M, K] and int8[N, K], summed exactly."""
+    shape = jax.ShapeDtypeStruct((x.shape[0], stored.shape[0]), jnp.int32)
+    return jax.ffi.ffi_call("quire_integer_product", shape)(x, stored).astype(jnp.float32)
+
+
 def _product(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
     """[M, N]; x is what the weights meet."""
     if x.dtype != jnp.bfloat16 or not native.has_bfloat16_dots():
         x = x.astype(jnp.float32)
     x = jnp.pad(x, ((0, 0), (0, -weight.k % PADDED)))
     zeros = jnp.zeros(0, jnp.int8) if weight.zero_points is None else weight.zero_points
+    offsets = jnp.zeros(0, weight.scales.dtype) if weight.offsets is None else weight.offsets
+    scales = weight.scales
+    if offsets.dtype != scales.dtype:
+        scales, offsets = scales.astype(jnp.float32), offsets.astype(jnp.float32)
     direct = jnp.dtype(out_dtype) if out_dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
     shape = jax.ShapeDtypeStruct((x.shape[0], weight.n), direct)
-    return jax.ffi.ffi_call("quire_packed_product", shape)(x, weight.stored, weight.scales, zeros).astype(out_dtype)
+    return jax.ffi.ffi_call("quire_packed_product", shape)(x, weight.stored, scales, zeros, offsets).astype(out_dtype)
 
 
 def _as_fp8(x: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:

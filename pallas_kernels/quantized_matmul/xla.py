@@ -11,7 +11,9 @@ body has one thread for them (docs/measurements/quantized-matmul-cpu.md).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,7 +42,7 @@ def run(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
     if activations is None:
         product = _weight_only_on_cpu(x, weight) if on_cpu else _weight_only(x, weight)
     elif weight.group_size < 0:
-        product = _both(x, weight, activations, on_cpu)
+        product = both(x, weight, activations, partial(_narrow_dot, on_cpu=on_cpu))
     elif on_cpu:
         product = _both_in_groups(x, weight, activations)
     else:  # a loop would stay outside of a CUDA graph
@@ -165,11 +167,17 @@ def chunk_of(weight: QuantizedWeight) -> int:
     return chunk if pays and chunk >= LEAST_CHUNK else weight.n
 
 
-def _both(x: jax.Array, weight: QuantizedWeight, dtype: str, on_cpu: bool) -> jax.Array:
-    """float32[M, N] of quantized activations, one scale per token (or for all of them) and one per output."""
+def both(
+    x: jax.Array, weight: QuantizedWeight, dtype: str, dot: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """float32[M, N] of quantized activations, one scale per token (or for all of them) and one per output.
+
+    Args:
+        dot: float32 sums of numbers, [M, K] x [N, K].
+    """
     static = weight.static
     stored, scales = quantize_activations(x, dtype) if static is None else quantize_by(x, dtype, static)
-    sums = _narrow_dot(stored, weight.stored, on_cpu)
+    sums = dot(stored, weight.stored)
     if static is not None and static.zero_point is not None and static.sums is not None:
         sums = sums - (static.zero_point * static.sums).astype(jnp.float32)
     return sums * scales * weight.scales[0].astype(jnp.float32)

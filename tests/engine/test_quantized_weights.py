@@ -86,8 +86,8 @@ def test_the_implementation_is_named(make_engine: MakeEngine) -> None:
 
 
 def test_what_cannot_be_is_refused(make_engine: MakeEngine) -> None:
-    with pytest.raises(ConfigError, match="matmul_implementation='xla' is of products with quantized weights"):
-        make_engine("llama", matmul_implementation="xla")
+    with pytest.raises(ConfigError, match="matmul_implementation='mosaic_gpu' is of products with quantized weights"):
+        make_engine("llama", matmul_implementation="mosaic_gpu")
     with pytest.raises(UnsupportedModelError, match="quantization='fp8_block'.* has 64 of them.*int8.*int4_g32"):
         make_engine("llama", quantization="fp8_block")
 

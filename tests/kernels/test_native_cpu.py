@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -178,6 +179,24 @@ def test_rows_are_as_if_they_were_alone(k: int, group_size: int, kind: str, dtyp
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["w4a16", "w8a16", "w8a16_fp8"])
+@pytest.mark.parametrize(("k", "group_size"), [(2304, 64), (2274, -1)])
+def test_offsets_are_added_to_each_weight(k: int, group_size: int, kind: str, dtype: str) -> None:
+    """In more than one chunk of inputs, with 7 rows and with 40; they are as large as weights."""
+    rng = np.random.default_rng(23)
+    case = Case("", 40, k, 45, kind, group_size, zero_points=kind != "w8a16_fp8", scale_dtype="bfloat16")
+    weight, x = case.weight(rng), case.activations(rng, dtype)
+    offsets = jnp.asarray(rng.uniform(-0.05, 0.05, weight.scales.shape), "bfloat16")
+    weight = replace(weight, offsets=offsets)
+    expected = np.asarray(call(x, weight, implementation="reference", out_dtype="float32"))
+    tolerance = (3e-6 if dtype == "float32" else 4e-3) * np.abs(expected).max()
+    for rows in (7, 40):
+        found = call(x[:rows], weight, implementation="native_cpu", out_dtype="float32")
+        np.testing.assert_allclose(found, expected[:rows], atol=tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("kind", "dtype_of_numbers"), [("w8a16_fp8", "float8_e4m3fn"), ("w8a16", "int8")])
 def test_every_number_of_8_bits_means_what_it_should(kind: str, dtype_of_numbers: str, dtype: str) -> None:
     codes = np.arange(256, dtype=np.uint8).reshape(8, 32)
@@ -246,19 +265,35 @@ def test_calls_from_several_threads_share_the_pool() -> None:
     assert not wrong
 
 
+@needs_compiler
+@pytest.mark.skipif(library.unavailable() is None and not library.has_integer_dots(), reason="no dots of integers")
+@pytest.mark.parametrize(("k", "n"), [(64, 1), (1000, 45), (4097, 130)])
+def test_sums_of_integers_are_exact(k: int, n: int) -> None:
+    """The extremes of both sides among them."""
+    rng = np.random.default_rng(24)
+    x, stored = rng.integers(-128, 128, (13, k)), rng.integers(-128, 128, (n, k))
+    x[0], stored[0] = -128, -128
+    x[1] = 127
+    for first, last in ((0, 1), (1, 3), (3, 6), (0, 13)):
+        found = native_cpu._integer_product(jnp.asarray(x[first:last], jnp.int8), jnp.asarray(stored, jnp.int8))
+        np.testing.assert_array_equal(found, (x[first:last] @ stored.T).astype(np.float32))
+
+
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x = jnp.ones((2, 33))
     with pytest.raises(UnsupportedImplementationError, match="33 weights of 4 bits end inside a byte"):
         quantized_matmul(x, from_dense(jnp.ones((33, 8)), "w4a16"), implementation="native_cpu")
-    with pytest.raises(UnsupportedImplementationError, match="faster as XLA's integer dots"):
+    monkeypatch.setattr(native_cpu.native, "unavailable", lambda: None)
+    monkeypatch.setattr(native_cpu.native, "has_integer_dots", lambda: False)
+    with pytest.raises(UnsupportedImplementationError, match="without AVX-512's dots of them"):
         quantized_matmul(x, from_dense(jnp.ones((33, 8)), "w8a8"), implementation="native_cpu")
 
 
 _PORTABLE = """
-import sys
+import dataclasses, sys
 import jax, numpy as np
 from pallas_kernels.native import library
-from pallas_kernels.quantized_matmul import OP, from_dense, quantized_matmul
+from pallas_kernels.quantized_matmul import KINDS, OP, from_dense, quantized_matmul
 from pallas_kernels.quantized_matmul.cases import CASES
 library._settings = library.Settings(machine=sys.argv[1])
 assert not library.has_bfloat16_dots()
@@ -273,6 +308,9 @@ for case in CASES:
     for dtype, tolerance in (("float32", 3e-6), ("bfloat16", 4e-3)):
         rng = np.random.default_rng(1)
         weight, x = case.weight(rng), case.activations(rng, dtype)
+        if KINDS[case.kind].activations is None:
+            offsets = jax.numpy.asarray(rng.uniform(-0.1, 0.1, weight.scales.shape), weight.scales.dtype)
+            weight = dataclasses.replace(weight, offsets=offsets)
         found, expected = (
             np.asarray(call(x, weight, implementation=i, out_dtype="float32")) for i in ("native_cpu", "reference")
         )

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import native
 from pallas_kernels.quantized_matmul import (
-    OP,
     QuantizedWeight,
     dequantize,
     quantized_matmul,
@@ -24,6 +24,11 @@ from pallas_kernels.quantized_matmul.problem import problem_of
 
 call = jax.jit(quantized_matmul, static_argnames=("out_dtype", "implementation"))
 IMPLEMENTATIONS = ("reference", "xla")
+needs_compiler = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+needs_integers = pytest.mark.skipif(
+    native.unavailable() is not None or not native.has_integer_dots(), reason="no native dots of integers"
+)
+WITH_NATIVE = (*IMPLEMENTATIONS, pytest.param("native_cpu", marks=needs_compiler))
 K, N = 128, 48
 
 
@@ -54,7 +59,7 @@ def require_close(found: Any, expected: np.ndarray, tolerance: float = 3e-6) -> 
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize(("kind", "group_size"), [("w4a16", 32), ("w8a16", -1), ("w4a16", 16)])
 def test_offsets(kind: str, group_size: int, rows: int, implementation: str) -> None:
@@ -78,7 +83,7 @@ def test_offsets_by_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     require_close(jax.jit(xla._in_chunks)(x, weight), x @ values)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_NATIVE)
 def test_order_of_inputs(implementation: str) -> None:
     weight, values = make("w4a16", 32)
     order = np.random.default_rng(1).permutation(K)
@@ -90,7 +95,7 @@ def test_order_of_inputs(implementation: str) -> None:
     require_close(call(x, ordered, implementation=implementation), x @ in_order)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, pytest.param("native_cpu", marks=needs_integers)))
 @pytest.mark.parametrize("zero_point", [None, 0, -37])
 def test_static_integers(zero_point: int | None, implementation: str) -> None:
     weight, values = make("w8a8", -1)
@@ -138,8 +143,6 @@ def test_what_the_kernel_leaves_to_xla() -> None:
     for weight, reason in ((offsets, "offsets"), (static, "known beforehand"), (small, "groups of 16")):
         wide = replace(weight, stored=jnp.tile(weight.stored, (8, 1)))  # whose sizes fit
         assert reason in (supports(problem_of(x, wide)) or "")
-    for weight in (offsets, static):  # nor does the native one know them
-        assert OP.choose("auto", problem_of(x, weight)).name == "xla"
 
 
 @pytest.mark.parametrize("kind", ["w4a16", "w8a16"])
