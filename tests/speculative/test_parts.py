@@ -103,7 +103,7 @@ def test_drafts_where_they_pay(right: bool, expected: bool) -> None:
 def test_no_drafts_for_more_sequences_than_a_step_may_verify() -> None:
     """Also where nobody asks whether they pay: a step of 24 tokens holds a token and three drafts of four sequences."""
     settings = SpeculativeSettings(method="ngram", num_speculative_tokens=3, adaptive=False)
-    program = SimpleNamespace(buckets=BucketTable(24, 8, 3))
+    program = SimpleNamespace(buckets=BucketTable(24, 8, 3), drafter=None)
     speculator = make_speculator(settings, SimpleNamespace(program=program))  # type: ignore[arg-type]
     assert speculator is not None
     sequences = [sequence_of([1, 2, 3], [1, 2]) for _ in range(5)]
