@@ -15,6 +15,7 @@ from engine.evaluation import DEFAULT_WINDOW, Comparison, Evaluated, EvaluationR
 from engine.runtime.compile import COUNTER, enable_persistent_cache
 from engine.runtime.progress import Report
 from engine.text.tokenizer import Tokenizer
+from models.loading.load import LoadedModel
 from models.loading.resolver import resolve_model, resolve_tokenizer
 from models.quantizer.evaluate import Predictions, Scores, cut_windows, predict, score
 from pallas_kernels import native
@@ -74,13 +75,37 @@ class _Run:
     predictions: Predictions
 
 
-def _run(config: EngineConfig, text: str, window: int, report: Report) -> _Run:
+@dataclass(frozen=True)
+class ReadText:
+    """A model and a text in its tokens, int32[W, L]."""
+
+    loaded: LoadedModel
+    windows: np.ndarray
+
+
+def read_model_and_text(
+    config: EngineConfig, text: str, window: int, report: Report, most_tokens: int | None = None
+) -> ReadText:
+    """Load a model, and cut a text into windows of its tokens.
+
+    Args:
+        config: which model.
+        text: a text.
+        window: most tokens of a window, BOS included where the tokenizer adds it.
+        report: called as weights are loaded.
+        most_tokens: of the text; None = all.
+
+    Raises:
+        ConfigError: a window that is longer than the model allows, or a tokenizer of another model.
+        InvalidRequestError: the text is shorter than two tokens.
+        QuireError: of the kind that fits: model not found, unsupported, damaged.
+    """
     environment = Environment.read()
     options = fetch_options(config.load, environment, report)
     files = resolve_model(config.load.model, options, config.load.revision)
     named = config.load.tokenizer
     tokenizer = Tokenizer.load(files.path if named is None else resolve_tokenizer(named, options))
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False)[:most_tokens]
     if len(ids) < 2:
         raise InvalidRequestError(f"The text is {len(ids)} tokens long; at least 2 are needed.")
     added = tokenizer.encode("", add_special_tokens=True)
@@ -94,6 +119,12 @@ def _run(config: EngineConfig, text: str, window: int, report: Report) -> _Run:
         raise ConfigError(f"window={window} is longer than {config.load.model} allows: {longest} tokens.")
     if windows.max() >= loaded.config.vocab_size:
         raise ConfigError(f"The tokenizer knows tokens that {config.load.model} lacks; name its own with --tokenizer.")
+    return ReadText(loaded, windows)
+
+
+def _run(config: EngineConfig, text: str, window: int, report: Report) -> _Run:
+    read = read_model_and_text(config, text, window, report)
+    loaded, windows = read.loaded, read.windows
     predictions = predict(
         loaded.config,
         loaded.params,

@@ -87,14 +87,7 @@ class Decoder(nnx.Module):
         Returns:
             Hidden states `[T, E]`; the streams side by side, `[T, len(taps) * E]`, None without taps; the cache.
         """
-        num_tokens = inputs.token_ids.shape[0]
-        cos, sin = cos_sin(self.config.rope, inputs.positions)
-        step = StepContext(
-            cos=cos,
-            sin=sin,
-            slots=slots_of(inputs.batch, num_tokens, self.problem.page_size),
-            plan=plan_attention(inputs.batch, num_tokens, self.problem),
-        )
+        step = self.step_context(inputs)
         x = self.embed.weight[...][inputs.token_ids]
         new_cache, streams = [], [x]
         for block, pages in zip(self.layers, cache, strict=True):
@@ -103,6 +96,17 @@ class Decoder(nnx.Module):
             streams.append(x)
         tapped = jnp.concatenate([streams[tap] for tap in taps], axis=-1) if taps else None
         return self.norm(x), tapped, tuple(new_cache)
+
+    def step_context(self, inputs: ForwardInputs) -> StepContext:
+        """What all layers share of a batch."""
+        num_tokens = inputs.token_ids.shape[0]
+        cos, sin = cos_sin(self.config.rope, inputs.positions)
+        return StepContext(
+            cos=cos,
+            sin=sin,
+            slots=slots_of(inputs.batch, num_tokens, self.problem.page_size),
+            plan=plan_attention(inputs.batch, num_tokens, self.problem),
+        )
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[S, E] -> float32[S, V]."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 
 from engine.client import EngineClient
 from engine.config import EngineConfig
+from engine.distilling import DistillReport
 from engine.evaluation import EvaluationReport
 from engine.outputs import RequestOutput
 from engine.quantizing import QuantizationReport, Settings
@@ -88,6 +89,8 @@ ModelConverter = Callable[[EngineConfig, Path, Report], None]
 
 # Measures a model, beside a reference if there is one, on a text (None = the one that comes with Quire) in windows.
 ModelEvaluator = Callable[[EngineConfig, EngineConfig | None, str | None, int, Report], EvaluationReport]
+# Finds layers with which a model can draft for itself: (model, text, tokens of it, progress) -> report.
+DraftDistiller = Callable[[EngineConfig, str | None, int, Report], DistillReport]
 # Writes a quantized checkpoint: (model, out, settings, calibration text, whether to measure it, progress) -> report.
 ModelQuantizer = Callable[[EngineConfig, Path, Settings, str | None, bool, Report], QuantizationReport]
 
@@ -138,3 +141,11 @@ def evaluate_model(
     from engine.evaluate import evaluate_model as evaluate
 
     return evaluate(config, reference, text, window, progress)
+
+
+def distill_draft(config: EngineConfig, text: str | None, num_tokens: int, progress: Report) -> DistillReport:
+    """Find the layers with which the model of `config` can draft for itself."""
+    # Imported late on purpose, as in `create_engine`.
+    from engine.distill import distill_draft as distill
+
+    return distill(config, text, num_tokens, progress)

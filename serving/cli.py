@@ -17,6 +17,7 @@ from io import TextIOWrapper
 from engine.errors import QuireError
 from serving.backend import (
     ClientFactory,
+    DraftDistiller,
     EngineFactory,
     ModelConverter,
     ModelEvaluator,
@@ -24,12 +25,13 @@ from serving.backend import (
     convert_model,
     create_client,
     create_engine,
+    distill_draft,
     evaluate_model,
     quantize_model,
 )
 from serving.bench import latency, throughput
 from serving.bench import serve as bench_serve
-from serving.commands import chat, convert, evaluate, generate, quantize, serve
+from serving.commands import chat, convert, distill, evaluate, generate, quantize, serve
 from serving.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, exit_code
 from serving.version import package_version
 
@@ -45,6 +47,7 @@ def main(
     client_factory: ClientFactory = create_client,
     evaluator: ModelEvaluator = evaluate_model,
     quantizer: ModelQuantizer = quantize_model,
+    distiller: DraftDistiller = distill_draft,
 ) -> int:
     """Run one command.
 
@@ -55,6 +58,7 @@ def main(
         client_factory: makes the engine of `quire serve`.
         evaluator: does the work of `quire eval`.
         quantizer: does the work of `quire quantize`.
+        distiller: does the work of `quire distill-draft`.
 
     Returns:
         The exit code.
@@ -62,7 +66,7 @@ def main(
     Raises:
         SystemExit: `--help`, `--version`, or arguments that cannot be parsed (argparse's own ways).
     """
-    args = build_parser(engine_factory, converter, client_factory, evaluator, quantizer).parse_args(argv)
+    args = build_parser(engine_factory, converter, client_factory, evaluator, quantizer, distiller).parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?", not an error
     try:
@@ -90,6 +94,7 @@ def build_parser(
     client_factory: ClientFactory = create_client,
     evaluator: ModelEvaluator = evaluate_model,
     quantizer: ModelQuantizer = quantize_model,
+    distiller: DraftDistiller = distill_draft,
 ) -> argparse.ArgumentParser:
     """The parser of all commands. `args.run(args)` of what it parses runs the command."""
     parser = argparse.ArgumentParser(
@@ -108,6 +113,7 @@ def build_parser(
     bench_serve.set_up(_command(measurements, "serve", bench_serve.SUMMARY))
     convert.set_up(_command(commands, "convert", convert.SUMMARY), converter)
     evaluate.set_up(_command(commands, "eval", evaluate.SUMMARY), evaluator)
+    distill.set_up(_command(commands, "distill-draft", distill.SUMMARY), distiller)
     quantize.set_up(_command(commands, "quantize", quantize.SUMMARY), quantizer)
     return parser
 

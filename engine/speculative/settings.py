@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
@@ -89,11 +90,16 @@ class SpeculativeSettings:
 
 
 def parse_speculative(text: str) -> SpeculativeSettings:
-    """The settings that a JSON object describes.
+    """The settings that a JSON object describes, or a file of one, named after `@`.
 
     Raises:
         ConfigError: it is no JSON object, a key is unknown or missing, or a value is out of range.
     """
+    if text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"speculative_config: {text[1:]} cannot be read: {error}.") from error
     try:
         found = json.loads(text)
     except ValueError as error:
