@@ -1,7 +1,8 @@
 """Which layers a decoder can spare: how often it names the same next token without them.
 
-One function runs the decoder with any of its layers left out, so that a hundred choices take one compilation. Removing layers one by one, each time the one that is missed least, is the plain form of what Draft & Verify (Zhang et
-al. 2023, arXiv 2309.08168) searches for.
+One function runs the decoder with any of its layers left out, so that a hundred choices take one compilation. Removing
+layers one by one, each time the one that is missed least, is the plain form of what Draft & Verify (Zhang et al. 2023,
+arXiv 2309.08168) searches for.
 """
 
 from __future__ import annotations
