@@ -23,7 +23,7 @@ from pallas_kernels.paged_attention import AttentionProblem
 from pallas_kernels.ragged import RaggedBatch
 
 PAGE_SIZE = 16
-MOST_CANDIDATES = 8  # layers that are tried in a round after the first: those that were missed least in the one before
+MOST_CANDIDATES = 8  # layers that are tried in a round after the first: those that were missed least before
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,17 @@ def shorten(
         same = [np.asarray(likeliest(params, w, chosen)) == full for w, full in zip(windows, whole, strict=True)]
         return float(np.mean(same))
 
-    candidates = list(range(config.num_layers))
+    known = {layer: agreement(layer) for layer in range(config.num_layers)}  # when it was tried last
     rounds = config.num_layers // 2
     for done in range(rounds):
-        scored = sorted(((agreement(layer), layer) for layer in candidates if gates[layer]), reverse=True)
-        best, layer = scored[0]
+        if done > 0:
+            for layer in sorted(known, key=known.__getitem__, reverse=True)[:MOST_CANDIDATES]:
+                known[layer] = agreement(layer)
+        layer = max(known, key=known.__getitem__)
+        best = known.pop(layer)
         gates[layer] = False
-        candidates = [layer for _, layer in scored[1 : MOST_CANDIDATES + 1]]
         progress(done + 1, rounds)
         yield Shortened(tuple(np.flatnonzero(gates).tolist()), best)
-        if not candidates:
-            return
 
 
 def _runner(config: ModelConfig, dtype: str) -> Callable[[Params, np.ndarray, np.ndarray], jax.Array]:
