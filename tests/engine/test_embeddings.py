@@ -71,7 +71,7 @@ def assert_right(engine: Engine, prompt: list[int], output: EmbeddingOutput, poo
     assert output.num_prompt_tokens == len(prompt)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "smollm3"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen3", "smollm3"))])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_embeddings_are_those_of_one_forward_pass(make_engine: MakeEngine, name: str, pooling: str) -> None:
     engine = make_engine(name, max_num_batched_tokens=16, skip_tokenizer_init=True)
@@ -113,7 +113,7 @@ def test_generation_finds_the_blocks_of_a_pooled_prompt(make_engine: MakeEngine)
     assert output.num_cached_tokens >= 80
 
 
-@pytest.mark.parametrize("blocks", [256, 18])
+@pytest.mark.parametrize("blocks", [pytest.param(256, marks=pytest.mark.slow), 18])
 def test_beside_generating_requests(make_engine: MakeEngine, blocks: int) -> None:
     """Neither changes the other, also where sequences lose their blocks (18 blocks: room for one long sequence)."""
     engine = make_engine(num_gpu_blocks_override=blocks, block_size=8)

@@ -202,7 +202,7 @@ class Cycle:
         return raw, tensors
 
 
-@pytest.mark.parametrize("method", ["medusa", *METHODS[1:]])
+@pytest.mark.parametrize("method", METHODS)
 def test_right_guesses_are_used(shelf: EngineShelf, tmp_path: Path, method: str) -> None:
     """Greedy and drawn, in fewer steps, with the tokens that the model gives by itself."""
     cycle = Cycle.make()

@@ -206,7 +206,7 @@ def test_a_large_activation_takes_no_range_from_the_others() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("size", [*(pytest.param(n, marks=pytest.mark.slow) for n in (16, 32)), 64])
 def test_rotation_is_that_of_the_matrix_and_of_each_row(size: int, dtype: str) -> None:
     rng = np.random.default_rng(16)
     x = jnp.asarray(rng.standard_normal((37, 192)) * rng.uniform(0.1, 30, (37, 1)), dtype)
