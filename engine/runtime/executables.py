@@ -44,9 +44,9 @@ STATE = ("state",)
 Compiled = Callable[..., Any]
 
 
-def structure_of(config: ModelConfig, limits: RuntimeLimits, kernels: KernelConfig) -> FunctionalModel[Decoder]:
-    """A decoder's structure: what it is, and what runs its attention and its products."""
-    problem = AttentionProblem(
+def attention_problem(config: ModelConfig, limits: RuntimeLimits, kernels: KernelConfig) -> AttentionProblem:
+    """The attention of a decoder's layers over the engine's pages."""
+    return AttentionProblem(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
@@ -55,6 +55,11 @@ def structure_of(config: ModelConfig, limits: RuntimeLimits, kernels: KernelConf
         kv_dtype=limits.kv_dtype,
         implementation=kernels.attention_implementation,
     )
+
+
+def structure_of(config: ModelConfig, limits: RuntimeLimits, kernels: KernelConfig) -> FunctionalModel[Decoder]:
+    """A decoder's structure: what it is, and what runs its attention and its products."""
+    problem = attention_problem(config, limits, kernels)
     build = partial(Decoder, config, problem, dtype=limits.dtype, matmul=kernels.matmul_implementation)
     return FunctionalModel(build)
 

@@ -87,10 +87,9 @@ def test_every_parameter(parts: BuiltEngine, alone: list[RequestOutput], method:
         assert stats.num_accepted_tokens > 0.6 * stats.num_draft_tokens
 
 
-def test_a_model_foresees_itself(parts: BuiltEngine, alone: list[RequestOutput], method: str) -> None:
+def test_a_model_foresees_itself(shelf: EngineShelf, alone: list[RequestOutput]) -> None:
     """Without penalties and bans all its guesses are right, greedy and at random: nothing of its cache is lost."""
-    if method != "same_model":
-        pytest.skip("only a draft model of the same weights must always be right")
+    parts = parts_of(shelf.take(**EXECUTABLES, speculative_config=config_of("same_model")))
     plain = [0, 1, 2, 3, 9, 11, 13, 14]
     core = speculating(parts, Schedule(spare_blocks=200), 0.7, 1)
     for output, number in zip(run(core, parts, plain, [0, 2] * 4), plain, strict=True):
@@ -150,10 +149,8 @@ def test_grammars(method: str, shelf: EngineShelf) -> None:
     assert core_of(engine).stats.num_draft_tokens > before
 
 
-def test_a_failed_step_forgets_what_was_drafted(
-    parts: BuiltEngine, alone: list[RequestOutput], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The device state is made anew, the drafter's too, and later requests get their tokens."""
+def test_state_made_anew_forgets_what_was_drafted(parts: BuiltEngine, alone: list[RequestOutput]) -> None:
+    """As after a failed step; the drafter's too, and later requests get their tokens."""
     core = speculating(parts, Schedule(spare_blocks=200), 1.0, 0)
     core.executor.reset_state()
     for output, expected in zip(run(core, parts, [1, 14], [0, 0]), (alone[1], alone[14]), strict=True):

@@ -15,7 +15,7 @@ from engine.runtime.drafting.eagle import EagleDrafter, EagleParts
 from engine.runtime.drafting.layer_skip import keep_layers
 from engine.runtime.drafting.medusa import MedusaDrafter
 from engine.runtime.drafting.recent import states_bytes
-from engine.runtime.executables import structure_of
+from engine.runtime.executables import attention_problem, structure_of
 from engine.runtime.limits import RuntimeLimits
 from models.config import ModelConfig
 from models.drafters.eagle import EagleHead
@@ -23,7 +23,6 @@ from models.drafters.load import load_eagle, load_medusa
 from models.drafters.medusa import MedusaHeads
 from models.functional import FunctionalModel, Params
 from pallas_kernels.kv_layout import KVLayout
-from pallas_kernels.paged_attention import AttentionProblem
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,7 @@ def _eagle(method: str, path: Path, num_drafts: int, target: Target) -> tuple[Ea
     config, limits, kernels = target.config, target.limits, target.kernels
     loaded = load_eagle(path, method, config, target.params, jnp.dtype(limits.dtype))
     decoder = loaded.config.decoder
-    problem = AttentionProblem(
-        num_heads=decoder.num_heads,
-        num_kv_heads=decoder.num_kv_heads,
-        head_dim=decoder.head_dim,
-        page_size=limits.block_size,
-        dtype=limits.dtype,
-        kv_dtype=limits.kv_dtype,
-        implementation=kernels.attention_implementation,
-    )
+    problem = attention_problem(decoder, limits, kernels)
     head = partial(EagleHead, loaded.config, problem, dtype=limits.dtype, matmul=kernels.matmul_implementation)
     parts = EagleParts(
         head=FunctionalModel(head),
