@@ -22,7 +22,8 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kTileRows = 96;       // rows, tokens times query heads, that share a reading of keys
-constexpr int64_t kAloneWork = 1 << 15; // keys times heads that are not worth waking another thread
+constexpr int64_t kAheadBlocks = 2;     // blocks that are fetched ahead of the one that is read
+constexpr int64_t kAloneWork = 1 << 13; // keys times heads that are not worth waking another thread
 constexpr int64_t kStride = kChunkKeys + 16;  // words of a row of scores; not a power of two, which shares sets of a cache
 
 struct Tile {
@@ -39,7 +40,7 @@ struct Item {  // some chunks of a tile
 };
 
 struct Problem {
-  int64_t heads, kv_heads, group, dims, page_size, pages, table_width, row_bytes;
+  int64_t heads, kv_heads, group, dims, page_size, pages, table_width, row_bytes, threads;
   const uint8_t* q;
   const uint8_t* data;
   const float* scales;  // null = none
@@ -55,6 +56,11 @@ struct Problem {
   std::unique_ptr<std::atomic<int64_t>[]> left;
   float* parts;  // of a chunk: top and sum of each row, then their values
 
+  // The number of a row of stored numbers; tables are not trusted.
+  int64_t row_of(const int32_t* table, int64_t page, int which, int64_t head, int64_t offset) const {
+    int64_t id = page < table_width ? std::min<int64_t>(std::max(table[page], 0), pages - 1) : 0;
+    return ((id * 2 + which) * kv_heads + head) * page_size + offset;
+  }
   int64_t part_size(int64_t rows) const { return up_to(2 * rows, kLanes) + rows * width_of(dims); }
 };
 
@@ -104,45 +110,119 @@ void start(const Problem& p, const Tile& tile, Room& room) {
   std::fill_n(room.values, tile.count * p.group * width_of(p.dims), 0.0f);
 }
 
+void store_row(Half* out, const float* values, int64_t count) {
+  int64_t d = 0;
+#ifdef QUIRE_AVX512
+  for (; d + 32 <= count; d += 32)
+    _mm512_storeu_si512(out + d, join(_mm512_loadu_ps(values + d), _mm512_loadu_ps(values + d + 16)));
+#endif
+  for (; d < count; ++d) out[d] = half_of(values[d]);
+}
+
+void store_row(_Float16* out, const float* values, int64_t count) {
+  int64_t d = 0;
+#ifdef QUIRE_WIDE
+  for (; d + 16 <= count; d += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d), _mm512_cvtps_ph(_mm512_loadu_ps(values + d), 0));
+#endif
+  for (; d < count; ++d) out[d] = static_cast<_Float16>(values[d]);
+}
+
 void finish(const Problem& p, const Tile& tile, const Room& room) {
   int64_t width = width_of(p.dims);
   for (int64_t m = 0; m < tile.count * p.group; ++m) {
     int64_t at = ((tile.row + m / p.group) * p.heads + tile.head * p.group + m % p.group) * p.dims;
     float* values = room.values + m * width;
-    Lanes share = all(room.seen[m].sum > 0 || room.seen[m].sum != room.seen[m].sum ? 1 / room.seen[m].sum : 0.0f);
+    float sum = room.seen[m].sum;
+    Lanes share = all(sum == 0 ? 0.0f : 1 / sum);  // 0: a row that sees nothing
     for (int64_t d = 0; d < width; d += kLanes) put(values + d, lanes_at(values + d) * share);
-    if (p.type == ffi::DataType::F32) {
+    if (p.type == ffi::DataType::F32)
       std::memcpy(p.out + at * 4, values, p.dims * 4);
-    } else if (p.type == ffi::DataType::BF16) {
-      auto* to = reinterpret_cast<Half*>(p.out) + at;
-      for (int64_t d = 0; d < p.dims; ++d) to[d] = half_of(values[d]);
-    } else {
-      auto* to = reinterpret_cast<_Float16*>(p.out) + at;
-      for (int64_t d = 0; d < p.dims; ++d) to[d] = static_cast<_Float16>(values[d]);
-    }
+    else if (p.type == ffi::DataType::BF16)
+      store_row(reinterpret_cast<Half*>(p.out) + at, values, p.dims);
+    else
+      store_row(reinterpret_cast<_Float16*>(p.out) + at, values, p.dims);
   }
 }
 
 // ---- One chunk
 
-// Where a block's keys (`which` 0) or values (1) lie; those that no row sees are zeros. With keys, the scales of both.
-void locate(const Problem& p, const Tile& tile, const Room& room, int64_t base, int64_t block, int which,
-            const uint8_t** rows) {
+// Blocks of a chunk that hold keys which a tile's rows see, relative to the chunk.
+struct Range {
+  int64_t base, from, until;
+  Range(const Tile& tile, int64_t chunk)
+      : base(chunk * kChunkKeys),
+        from(std::max<int64_t>(tile.first - base, 0) / kBlock * kBlock),
+        until(std::min(tile.last - base, kChunkKeys)) {}
+};
+
+// Where a block's keys (`which` 0) or values (1) lie; those that no row sees are zeros.
+void locate(const Problem& p, const Tile& tile, int64_t key, int which, const uint8_t** rows) {
   const int32_t* table = p.tables + tile.sequence * p.table_width;
-  int64_t page = (base + block) / p.page_size, offset = (base + block) % p.page_size;
-  int64_t values = p.kv_heads * p.page_size, run;
+  int64_t page = key / p.page_size, offset = key % p.page_size, run;
   for (int64_t i = 0; i < kBlock; i += run, offset = 0, ++page) {
     run = std::min(p.page_size - offset, kBlock - i);
-    int64_t id = page < p.table_width ? std::min<int64_t>(std::max(table[page], 0), p.pages - 1) : 0;
-    int64_t at = (id * 2 * p.kv_heads + tile.head) * p.page_size + offset;
-    const uint8_t* row = p.data + (at + which * values) * p.row_bytes;
-    int64_t first = tile.first - base - block - i, last = tile.last - base - block - i;
+    const uint8_t* row = p.data + p.row_of(table, page, which, tile.head, offset) * p.row_bytes;
+    int64_t first = tile.first - key - i, last = tile.last - key - i;
     for (int64_t j = 0; j < run; ++j) rows[i + j] = j >= first && j < last ? row + j * p.row_bytes : p.nothing;
-    if (!p.scales || which) continue;
+  }
+}
+
+// The order in which an item's blocks are read: a chunk's keys, its values, the next chunk's; and a few blocks of the item
+// that this thread probably takes next.
+class Course {
+ public:
+  Course(const Problem& p, int64_t index) : p_(p) {
+    enter(index);
+    for (int64_t i = 0; i < kAheadBlocks; ++i) {
+      const uint8_t** rows = find();
+      for (int64_t j = 0; j < kBlock; ++j) fetch_row(rows[j], p.row_bytes);
+    }
+  }
+  const uint8_t* const* next() { return ring_[taken_++ % kRing]; }
+  const uint8_t* const* ahead() { return find(); }  // before `next`
+
+ private:
+  static constexpr int64_t kRing = kAheadBlocks + 1;
+
+  void enter(int64_t index) {
+    index_ = index;
+    if (index < static_cast<int64_t>(p_.items.size())) chunk_ = p_.items[index].from, which_ = 0, block_ = -1;
+  }
+  const uint8_t** find() {
+    const uint8_t** rows = ring_[found_++ % kRing];
+    while (index_ < static_cast<int64_t>(p_.items.size()) && chunk_ == p_.items[index_].until) enter(index_ + p_.threads);
+    if (index_ >= static_cast<int64_t>(p_.items.size())) {
+      std::fill_n(rows, kBlock, p_.nothing);
+      return rows;
+    }
+    const Tile& tile = p_.tiles[p_.items[index_].tile];
+    Range range(tile, chunk_);
+    if (block_ < 0) block_ = range.from;
+    locate(p_, tile, range.base + block_, which_, rows);
+    block_ += kBlock;
+    if (block_ >= range.until) block_ = -1, chunk_ += which_, which_ ^= 1;
+    return rows;
+  }
+
+  const Problem& p_;
+  int64_t index_, chunk_ = 0, block_ = -1, found_ = 0, taken_ = 0;
+  int which_ = 0;
+  const uint8_t* ring_[kRing][kBlock];
+};
+
+void read_scales(const Problem& p, const Tile& tile, const Range& range, const Room& room) {
+  const int32_t* table = p.tables + tile.sequence * p.table_width;
+  int64_t page = (range.base + range.from) / p.page_size, offset = (range.base + range.from) % p.page_size, run;
+  for (int64_t key = range.from; key < up_to(range.until, kBlock); key += run, offset = 0, ++page) {
+    run = std::min(p.page_size - offset, up_to(range.until, kBlock) - key);
+    const float* keys = p.scales + p.row_of(table, page, 0, tile.head, offset);
+    const float* values = p.scales + p.row_of(table, page, 1, tile.head, offset);
+    int64_t first = tile.first - range.base - key, last = tile.last - range.base - key;
     for (int64_t j = 0; j < run; ++j) {
       bool seen = j >= first && j < last;
-      room.key_scales[block + i + j] = seen ? p.scales[at + j] : 0;
-      room.value_scales[block + i + j] = seen ? p.scales[at + values + j] : 0;
+      room.key_scales[key + j] = seen ? keys[j] : 0;
+      room.value_scales[key + j] = seen ? values[j] : 0;
     }
   }
 }
@@ -166,39 +246,34 @@ void weigh_rows(const Problem& p, const Tile& tile, Room& room, int64_t base, in
   });
 }
 
-// What the rows see of the keys from `base` on: `seen`, and weighted values `[rows, width]`.
+// What the rows see of a chunk: `seen`, and weighted values `[rows, width]`.
 template <typename Element, Stored S>
-void run_chunk(const Problem& p, const Tile& tile, Room& room, int64_t base, Seen* seen, float* values) {
-  int64_t steps = (p.dims + kInputs<Element> - 1) / kInputs<Element>;
-  int64_t stored = steps_of<Element>(p.dims), width = width_of(p.dims), rows = tile.count * p.group;
-  int64_t from = std::max<int64_t>(tile.first - base, 0) / kBlock * kBlock, until = std::min(tile.last - base, kChunkKeys);
-  const uint8_t* places[2][kBlock];
-  int turn = 0;
-  auto find = [&](int64_t block, int which) { locate(p, tile, room, base, block, which, places[turn ^ 1]); };  // the next
-  find(from, 0), turn ^= 1;
-  for (int64_t block = from; block < until; block += kBlock, turn ^= 1) {
-    block + kBlock < until ? find(block + kBlock, 0) : find(from, 1);
-    read_keys<Element, S>(places[turn], places[turn ^ 1], p.dims, room.operand);
+void run_chunk(const Problem& p, const Tile& tile, Room& room, Course& course, int64_t chunk, Seen* seen,
+               float* values) {
+  int64_t steps = (p.dims + kInputs<Element> - 1) / kInputs<Element>, stored = steps_of<Element>(p.dims);
+  int64_t width = width_of(p.dims), rows = tile.count * p.group;
+  Range range(tile, chunk);
+  if (p.scales) read_scales(p, tile, range, room);
+  for (int64_t block = range.from; block < range.until; block += kBlock) {
+    const uint8_t* const* ahead = course.ahead();
+    read_keys<Element, S>(course.next(), ahead, p.dims, room.operand);
     for_tiles(rows, kMostRows, [&](int64_t m, int64_t count) {
-      if (end_of(p, tile, m + count, base) <= block) return;
+      if (end_of(p, tile, m + count, range.base) <= block) return;
       product_for<Element>(count)(room.queries + m * room.query_stride, room.query_stride, room.operand, kLanes,
                                   stored * kLanes, steps, kBlock / kLanes, room.scores + m * kStride + block, kStride,
                                   true);
     });
   }
-  weigh_rows<Element>(p, tile, room, base, from, seen);
-  for (int64_t block = from; block < until; block += kBlock, turn ^= 1) {
-    if (block + kBlock < until)
-      find(block + kBlock, 1);
-    else
-      std::fill_n(places[turn ^ 1], kBlock, p.nothing);
-    read_values<Element, S>(places[turn], places[turn ^ 1], p.dims, room.operand);
+  weigh_rows<Element>(p, tile, room, range.base, range.from, seen);
+  for (int64_t block = range.from; block < range.until; block += kBlock) {
+    const uint8_t* const* ahead = course.ahead();
+    read_values<Element, S>(course.next(), ahead, p.dims, room.operand);
     for_tiles(rows, kMostRows, [&](int64_t m, int64_t count) {
-      int64_t keys = std::min(end_of(p, tile, m + count, base) - block, kBlock);
+      int64_t keys = std::min(end_of(p, tile, m + count, range.base) - block, kBlock);
       if (keys <= 0) return;
       product_for<Element>(count)(room.scores + m * kStride + block / kInputs<Element>, kStride, room.operand, width,
                                   kLanes, (keys + kInputs<Element> - 1) / kInputs<Element>, width / kLanes,
-                                  values + m * width, width, block == from);
+                                  values + m * width, width, block == range.from);
     });
   }
 }
@@ -222,9 +297,10 @@ void run_item(const void* problem, int64_t index) {
   Room room(p, rows, steps_of<Element>(p.dims));
   read_queries<Element>(p, tile, room.queries, room.query_stride);
   if (tile.parts < 0) start(p, tile, room);
+  Course course(p, index);
   for (int64_t chunk = item.from; chunk < item.until; ++chunk) {
     float* part = tile.parts < 0 ? room.part : p.parts + tile.parts + (chunk - tile.first_chunk()) * p.part_size(rows);
-    run_chunk<Element, S>(p, tile, room, chunk * kChunkKeys, reinterpret_cast<Seen*>(part), part + up_to(2 * rows, kLanes));
+    run_chunk<Element, S>(p, tile, room, course, chunk, reinterpret_cast<Seen*>(part), part + up_to(2 * rows, kLanes));
     if (tile.parts < 0) join_parts(p, tile, room, part, 1);
   }
   if (tile.parts >= 0) {
@@ -253,11 +329,12 @@ void make_tiles(Problem& p, const int32_t* starts, const int32_t* contexts, int6
 }
 
 // Makes items of tiles: tiles so long that a thread would be left with one while others have none are cut up.
-int64_t make_items(Problem& p, int64_t threads) {
+void make_items(Problem& p) {
   auto cost = [&](const Tile& tile) { return (tile.last - tile.first) * (8 + tile.count * p.group); };
   int64_t total = 0, parts = 0, cut = 0;
   for (const Tile& tile : p.tiles) total += cost(tile);
-  int64_t most = total < kAloneWork ? std::max<int64_t>(total, 1) : std::max<int64_t>(total / (4 * threads), 1);
+  if (total < kAloneWork) p.threads = 1;
+  int64_t most = total < kAloneWork ? std::max<int64_t>(total, 1) : std::max<int64_t>(total / (4 * p.threads), 1);
   for (int64_t t = 0; t < static_cast<int64_t>(p.tiles.size()); ++t) {
     Tile& tile = p.tiles[t];
     int64_t from = tile.first_chunk(), chunks = tile.chunks();
@@ -274,7 +351,6 @@ int64_t make_items(Problem& p, int64_t threads) {
   for (const Tile& tile : p.tiles)
     if (tile.left >= 0) p.left[tile.left].store(tile.chunks(), std::memory_order_relaxed);
   p.parts = scratch<float>(3, parts);
-  return total < kAloneWork ? 1 : threads;
 }
 
 // ---- The call
@@ -326,8 +402,9 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer data
   size_t row_bytes = out->size_bytes() / std::max<int64_t>(tokens, 1);
   std::memset(p.out + live * row_bytes, 0, (tokens - live) * row_bytes);
   make_tiles(p, starts.typed_data(), contexts.typed_data(), sequences, live);
-  int64_t threads = make_items(p, std::max<int64_t>(pool.num_threads(), 1));
-  if (threads > 1)
+  p.threads = std::max<int64_t>(pool.num_threads(), 1);
+  make_items(p);
+  if (p.threads > 1)
     run_all(pool, &p, run, p.items.size());
   else
     for (size_t i = 0; i < p.items.size(); ++i) run(&p, i);
