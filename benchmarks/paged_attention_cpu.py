@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks.markdown import table
 from engine.config import Environment
+from engine.runtime.threads import pin_workers
 from pallas_kernels import native
 from pallas_kernels.kv_layout import QUANTIZED, Pages
 from pallas_kernels.paged_attention import AttentionProblem, paged_attention, plan_attention
@@ -86,12 +87,15 @@ def measure(case: Case, dtype: str, kv_dtype: str, layers: int, turns: int) -> d
         return step
 
     forms = {name: step_with(name) for name in IMPLEMENTATIONS}
+    for run in forms.values():
+        run(q, pages, batch).block_until_ready()  # which compiles, and wakes the threads
+    pin_workers()  # as the engine does: otherwise two of them may share a core
     times: dict[str, list[float]] = {name: [] for name in forms}
-    for turn in range(turns + 2):  # the first compiles, the second warms
+    for turn in range(turns + 1):  # the first warms the caches
         for name, run in forms.items():
             started = time.perf_counter()
             run(q, pages, batch).block_until_ready()
-            if turn > 1:
+            if turn:
                 times[name].append((time.perf_counter() - started) / layers)
     return times
 
