@@ -1,68 +1,24 @@
-// Attention over the pages of a KV cache, as a custom call of XLA on a CPU: decode rows, prompt chunks and drafts alike.
+// Attention over the pages of a KV cache, as a custom call of XLA on a CPU: decode rows, prompt chunks, drafts alike.
 //
-// A tile is a run of one sequence's new tokens with all query heads of one kv head. It walks over the keys that it sees in
-// chunks of `kChunkKeys`, from absolute positions on. Of a chunk it reads the keys, block by block, into its cache, multiplies
-// them with all its rows, computes each row's softmax of the chunk, reads the values and multiplies them with the
-// weights. Chunks are joined in their order. Where there are too few tiles for the threads, a tile's chunks are computed
-// apart, and whoever finishes the last one joins them, in the same order with the same function. So the bits of a row
-// depend on its own query, keys and values alone.
+// A tile is a run of one sequence's new tokens with all query heads of one kv head. It walks over the keys that it sees
+// in chunks of `kChunkKeys`, from absolute positions on. Of a chunk it reads the keys, block by block, into its cache,
+// multiplies them with all its rows, computes each row's softmax of the chunk, reads the values and multiplies them
+// with the weights. Chunks are joined in their order. Where there are too few tiles for the threads, the chunks of one
+// are computed apart; whoever finishes the last one joins them, in the same order with the same function. So a row's
+// bits depend on its own query, keys and values alone.
 #include <algorithm>
-#include <atomic>
-#include <memory>
 #include <vector>
 
+#include "attention_batch.h"
 #include "attention_math.h"
 #include "attention_read.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
-namespace quire {
+namespace quire::paged {
 namespace {
 
-namespace ffi = xla::ffi;
-
-constexpr int64_t kTileRows = 96;       // rows, tokens times query heads, that share a reading of keys
-constexpr int64_t kAheadBlocks = 2;     // blocks that are fetched ahead of the one that is read
-constexpr int64_t kAloneWork = 1 << 13; // keys times heads that are not worth waking another thread
-constexpr int64_t kStride = kChunkKeys + 16;  // words of a row of scores; not a power of two, which shares sets of a cache
-
-struct Tile {
-  int64_t sequence, head, row, count;  // the kv head; the first token row, and how many
-  int64_t position;                    // of the first row in its sequence
-  int64_t first, last;                 // keys that any row sees
-  int64_t parts = -1, left = -1;       // where its chunks' results wait, and their number; -1 = joined at once
-  int64_t first_chunk() const { return first / kChunkKeys; }
-  int64_t chunks() const { return first < last ? (last + kChunkKeys - 1) / kChunkKeys - first_chunk() : 0; }
-};
-
-struct Item {  // some chunks of a tile
-  int64_t tile, from, until;
-};
-
-struct Problem {
-  int64_t heads, kv_heads, group, dims, page_size, pages, table_width, row_bytes, threads;
-  const uint8_t* q;
-  const uint8_t* data;
-  const float* scales;  // null = none
-  const float* sinks;
-  const int32_t* tables;
-  uint8_t* out;
-  ffi::DataType type;  // of queries and results
-  int64_t window;      // 0 = all
-  ScoreRule rule;
-  const uint8_t* nothing;  // a row of zeros
-  std::vector<Tile> tiles;
-  std::vector<Item> items;
-  std::unique_ptr<std::atomic<int64_t>[]> left;
-  float* parts;  // of a chunk: top and sum of each row, then their values
-
-  // The number of a row of stored numbers; tables are not trusted.
-  int64_t row_of(const int32_t* table, int64_t page, int which, int64_t head, int64_t offset) const {
-    int64_t id = page < table_width ? std::min<int64_t>(std::max(table[page], 0), pages - 1) : 0;
-    return ((id * 2 + which) * kv_heads + head) * page_size + offset;
-  }
-  int64_t part_size(int64_t rows) const { return up_to(2 * rows, kLanes) + rows * width_of(dims); }
-};
+constexpr int64_t kStride = kChunkKeys + 16;  // words of a row of scores; powers of two share sets of a cache
 
 // A thread's memory for one tile.
 struct Room {
@@ -147,70 +103,6 @@ void finish(const Problem& p, const Tile& tile, const Room& room) {
 
 // ---- One chunk
 
-// Blocks of a chunk that hold keys which a tile's rows see, relative to the chunk.
-struct Range {
-  int64_t base, from, until;
-  Range(const Tile& tile, int64_t chunk)
-      : base(chunk * kChunkKeys),
-        from(std::max<int64_t>(tile.first - base, 0) / kBlock * kBlock),
-        until(std::min(tile.last - base, kChunkKeys)) {}
-};
-
-// Where a block's keys (`which` 0) or values (1) lie; those that no row sees are zeros.
-void locate(const Problem& p, const Tile& tile, int64_t key, int which, const uint8_t** rows) {
-  const int32_t* table = p.tables + tile.sequence * p.table_width;
-  int64_t page = key / p.page_size, offset = key % p.page_size, run;
-  for (int64_t i = 0; i < kBlock; i += run, offset = 0, ++page) {
-    run = std::min(p.page_size - offset, kBlock - i);
-    const uint8_t* row = p.data + p.row_of(table, page, which, tile.head, offset) * p.row_bytes;
-    int64_t first = tile.first - key - i, last = tile.last - key - i;
-    for (int64_t j = 0; j < run; ++j) rows[i + j] = j >= first && j < last ? row + j * p.row_bytes : p.nothing;
-  }
-}
-
-// The order in which an item's blocks are read: a chunk's keys, its values, the next chunk's; and a few blocks of the item
-// that this thread probably takes next.
-class Course {
- public:
-  Course(const Problem& p, int64_t index) : p_(p) {
-    enter(index);
-    for (int64_t i = 0; i < kAheadBlocks; ++i) {
-      const uint8_t** rows = find();
-      for (int64_t j = 0; j < kBlock; ++j) fetch_row(rows[j], p.row_bytes);
-    }
-  }
-  const uint8_t* const* next() { return ring_[taken_++ % kRing]; }
-  const uint8_t* const* ahead() { return find(); }  // before `next`
-
- private:
-  static constexpr int64_t kRing = kAheadBlocks + 1;
-
-  void enter(int64_t index) {
-    index_ = index;
-    if (index < static_cast<int64_t>(p_.items.size())) chunk_ = p_.items[index].from, which_ = 0, block_ = -1;
-  }
-  const uint8_t** find() {
-    const uint8_t** rows = ring_[found_++ % kRing];
-    while (index_ < static_cast<int64_t>(p_.items.size()) && chunk_ == p_.items[index_].until) enter(index_ + p_.threads);
-    if (index_ >= static_cast<int64_t>(p_.items.size())) {
-      std::fill_n(rows, kBlock, p_.nothing);
-      return rows;
-    }
-    const Tile& tile = p_.tiles[p_.items[index_].tile];
-    Range range(tile, chunk_);
-    if (block_ < 0) block_ = range.from;
-    locate(p_, tile, range.base + block_, which_, rows);
-    block_ += kBlock;
-    if (block_ >= range.until) block_ = -1, chunk_ += which_, which_ ^= 1;
-    return rows;
-  }
-
-  const Problem& p_;
-  int64_t index_, chunk_ = 0, block_ = -1, found_ = 0, taken_ = 0;
-  int which_ = 0;
-  const uint8_t* ring_[kRing][kBlock];
-};
-
 void read_scales(const Problem& p, const Tile& tile, const Range& range, const Room& room) {
   const int32_t* table = p.tables + tile.sequence * p.table_width;
   int64_t page = (range.base + range.from) / p.page_size, offset = (range.base + range.from) % p.page_size, run;
@@ -247,7 +139,7 @@ void weigh_rows(const Problem& p, const Tile& tile, Room& room, int64_t base, in
 }
 
 // What the rows see of a chunk: `seen`, and weighted values `[rows, width]`.
-template <typename Element, Stored S>
+template <typename Element>
 void run_chunk(const Problem& p, const Tile& tile, Room& room, Course& course, int64_t chunk, Seen* seen,
                float* values) {
   int64_t steps = (p.dims + kInputs<Element> - 1) / kInputs<Element>, stored = steps_of<Element>(p.dims);
@@ -256,7 +148,7 @@ void run_chunk(const Problem& p, const Tile& tile, Room& room, Course& course, i
   if (p.scales) read_scales(p, tile, range, room);
   for (int64_t block = range.from; block < range.until; block += kBlock) {
     const uint8_t* const* ahead = course.ahead();
-    read_keys<Element, S>(course.next(), ahead, p.dims, room.operand);
+    p.read_keys(course.next(), ahead, p.dims, room.operand);
     for_tiles(rows, kMostRows, [&](int64_t m, int64_t count) {
       if (end_of(p, tile, m + count, range.base) <= block) return;
       product_for<Element>(count)(room.queries + m * room.query_stride, room.query_stride, room.operand, kLanes,
@@ -267,7 +159,7 @@ void run_chunk(const Problem& p, const Tile& tile, Room& room, Course& course, i
   weigh_rows<Element>(p, tile, room, range.base, range.from, seen);
   for (int64_t block = range.from; block < range.until; block += kBlock) {
     const uint8_t* const* ahead = course.ahead();
-    read_values<Element, S>(course.next(), ahead, p.dims, room.operand);
+    p.read_values(course.next(), ahead, p.dims, room.operand);
     for_tiles(rows, kMostRows, [&](int64_t m, int64_t count) {
       int64_t keys = std::min(end_of(p, tile, m + count, range.base) - block, kBlock);
       if (keys <= 0) return;
@@ -288,7 +180,7 @@ void join_parts(const Problem& p, const Tile& tile, Room& room, const float* par
                  part + up_to(2 * rows, kLanes) + m * width, width);
 }
 
-template <typename Element, Stored S>
+template <typename Element>
 void run_item(const void* problem, int64_t index) {
   const Problem& p = *static_cast<const Problem*>(problem);
   const Item& item = p.items[index];
@@ -300,7 +192,7 @@ void run_item(const void* problem, int64_t index) {
   Course course(p, index);
   for (int64_t chunk = item.from; chunk < item.until; ++chunk) {
     float* part = tile.parts < 0 ? room.part : p.parts + tile.parts + (chunk - tile.first_chunk()) * p.part_size(rows);
-    run_chunk<Element, S>(p, tile, room, course, chunk, reinterpret_cast<Seen*>(part), part + up_to(2 * rows, kLanes));
+    run_chunk<Element>(p, tile, room, course, chunk, reinterpret_cast<Seen*>(part), part + up_to(2 * rows, kLanes));
     if (tile.parts < 0) join_parts(p, tile, room, part, 1);
   }
   if (tile.parts >= 0) {
@@ -312,68 +204,33 @@ void run_item(const void* problem, int64_t index) {
   finish(p, tile, room);
 }
 
-// Cuts the batch into tiles, the last rows of a sequence first: they see most.
-void make_tiles(Problem& p, const int32_t* starts, const int32_t* contexts, int64_t sequences, int64_t tokens) {
-  int64_t most = std::max<int64_t>(kTileRows / p.group, 1);
-  for (int64_t s = 0; s < sequences; ++s) {
-    int64_t begin = std::min<int64_t>(std::max(starts[s], 0), tokens);
-    int64_t end = std::min<int64_t>(std::max<int64_t>(starts[s + 1], begin), tokens);
-    int64_t context = std::min<int64_t>(contexts[s], p.table_width * p.page_size);
-    for (int64_t row = begin + (end - begin - 1) / most * most; row >= begin && row < end; row -= most) {
-      Tile tile{s, 0, row, std::min(most, end - row), context - (end - row)};
-      tile.first = p.window ? std::max<int64_t>(tile.position - p.window + 1, 0) : 0;
-      tile.last = std::max<int64_t>(tile.position + tile.count, 0);
-      for (tile.head = 0; tile.head < p.kv_heads; ++tile.head) p.tiles.push_back(tile);
-    }
-  }
-}
-
-// Makes items of tiles: tiles so long that a thread would be left with one while others have none are cut up.
-void make_items(Problem& p) {
-  auto cost = [&](const Tile& tile) { return (tile.last - tile.first) * (8 + tile.count * p.group); };
-  int64_t total = 0, parts = 0, cut = 0;
-  for (const Tile& tile : p.tiles) total += cost(tile);
-  if (total < kAloneWork) p.threads = 1;
-  int64_t most = total < kAloneWork ? std::max<int64_t>(total, 1) : std::max<int64_t>(total / (4 * p.threads), 1);
-  for (int64_t t = 0; t < static_cast<int64_t>(p.tiles.size()); ++t) {
-    Tile& tile = p.tiles[t];
-    int64_t from = tile.first_chunk(), chunks = tile.chunks();
-    int64_t pieces = std::min(chunks, (cost(tile) + most - 1) / most);
-    if (pieces > 1) {
-      tile.parts = parts, tile.left = cut++;
-      parts += chunks * p.part_size(tile.count * p.group);
-    }
-    for (int64_t i = 0; i < std::max<int64_t>(pieces, 1); ++i)
-      p.items.push_back({t, from + chunks * i / std::max<int64_t>(pieces, 1),
-                         from + chunks * (i + 1) / std::max<int64_t>(pieces, 1)});
-  }
-  p.left.reset(new std::atomic<int64_t>[cut]);
-  for (const Tile& tile : p.tiles)
-    if (tile.left >= 0) p.left[tile.left].store(tile.chunks(), std::memory_order_relaxed);
-  p.parts = scratch<float>(3, parts);
-}
-
 // ---- The call
 
+template <typename Element, Stored S>
+Piece reads(Problem& p) {
+  p.read_keys = read_keys<Element, S>, p.read_values = read_values<Element, S>;
+  return run_item<Element>;
+}
+
 template <typename Element>
-Piece runner_for(ffi::DataType stored) {
-  if (stored == ffi::DataType::BF16) return run_item<Element, Stored::kHalf>;
-  if (stored == ffi::DataType::S8) return run_item<Element, Stored::kInt8>;
-  if (stored == ffi::DataType::F8E4M3FN) return run_item<Element, Stored::kFp8>;
+Piece runner_for(Problem& p, ffi::DataType stored) {
+  if (stored == ffi::DataType::BF16) return reads<Element, Stored::kHalf>(p);
+  if (stored == ffi::DataType::S8) return reads<Element, Stored::kInt8>(p);
+  if (stored == ffi::DataType::F8E4M3FN) return reads<Element, Stored::kFp8>(p);
   if constexpr (sizeof(Element) == 4) {
-    if (stored == ffi::DataType::F32) return run_item<Element, Stored::kFloat>;
-    if (stored == ffi::DataType::F16) return run_item<Element, Stored::kFloat16>;
+    if (stored == ffi::DataType::F32) return reads<Element, Stored::kFloat>(p);
+    if (stored == ffi::DataType::F16) return reads<Element, Stored::kFloat16>(p);
   }
   return nullptr;
 }
 
-Piece runner_of(ffi::DataType queries, ffi::DataType stored) {
+Piece runner_of(Problem& p, ffi::DataType stored) {
 #ifdef QUIRE_AVX512
-  if (queries == ffi::DataType::BF16)
-    if (Piece run = runner_for<Half>(stored)) return run;
+  if (p.type == ffi::DataType::BF16)
+    if (Piece run = runner_for<Half>(p, stored)) return run;
 #endif
-  if (queries == ffi::DataType::F32 || queries == ffi::DataType::BF16 || queries == ffi::DataType::F16)
-    return runner_for<float>(stored);
+  if (p.type == ffi::DataType::F32 || p.type == ffi::DataType::BF16 || p.type == ffi::DataType::F16)
+    return runner_for<float>(p, stored);
   return nullptr;
 }
 
@@ -392,7 +249,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer data
   p.tables = tables.typed_data();
   p.out = static_cast<uint8_t*>(out->untyped_data()), p.type = q.element_type();
   p.window = window, p.rule = {scale, cap};
-  Piece run = runner_of(p.type, data.element_type());
+  Piece run = runner_of(p, data.element_type());
   if (!run) return ffi::Error::InvalidArgument("no attention of these types");
   p.row_bytes = data.size_bytes() / std::max<int64_t>(data.element_count() / p.dims, 1);
   std::vector<uint8_t> nothing(p.dims * 4 + 64);
@@ -412,9 +269,9 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer data
 }
 
 }  // namespace
-}  // namespace quire
+}  // namespace quire::paged
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_paged_attention, quire::attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_paged_attention, quire::paged::attention,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()

@@ -1,4 +1,4 @@
-// What attention computes of one block of keys: scores, weights, weighted values; and how parts of a softmax are joined.
+// What attention computes of a block of keys: scores, weights, weighted values; and how parts of a softmax are joined.
 //
 // Each result is one chain of additions in the order of the dims or keys, whatever rows share a block. Keys that a row
 // does not see add zeros to it, which changes nothing. So a row's bits depend on its own keys alone.
@@ -10,8 +10,8 @@
 
 namespace quire {
 
-constexpr int64_t kChunkKeys = 256;     // keys, from a multiple of it on, whose softmax is computed in one go
-constexpr float kMasked = -1e30f;   // finite: the difference of two must be a number
+constexpr int64_t kChunkKeys = 256;  // keys, from a multiple of it on, whose softmax is computed in one go
+constexpr float kMasked = -1e30f;    // finite: the difference of two must be a number
 
 #if defined(__AVX512F__)
 inline Lanes spread(const float* word) { return _mm512_set1_ps(*word); }
@@ -73,7 +73,8 @@ void product_of(const float* left, int64_t left_stride, const float* right, int6
 }
 
 template <typename Element>
-using Product = void (*)(const float*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t, bool);
+using Product = void (*)(const float*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t,
+                         bool);
 
 // By the number of rows, at most `kMostRows`: their sums fill the registers.
 template <typename Element>
