@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a prompt chunk, 0 = none (default: 512)")
     parser.add_argument("--context", type=int, default=256, help="of decoding sequences, in tokens (default: 256)")
     parser.add_argument("--steps", type=int, default=20, help="per situation (default: 20)")
+    parser.add_argument("--attention", default="auto", help="implementation of paged attention (default: auto)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write profile.json and profile.md there")
     return parser
 
@@ -137,6 +138,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "max_num_seqs": max((*args.rows, 1)),
         "max_num_batched_tokens": max(args.chunk or args.context, *args.rows),
         "skip_tokenizer_init": True,
+        "attention_implementation": args.attention,
     }
 
 

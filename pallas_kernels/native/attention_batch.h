@@ -15,12 +15,9 @@ namespace quire::paged {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kTileRows = 96;       // rows, tokens times query heads, that share a reading of keys
-#ifndef AHEAD
-#define AHEAD 2
-#endif
-constexpr int64_t kAheadBlocks = AHEAD;     // blocks that are fetched ahead of the one that is read
-constexpr int64_t kAloneWork = 1 << 13; // keys times heads that are not worth waking another thread
+constexpr int64_t kTileRows = 96;        // rows, tokens times query heads, that share a reading of keys
+constexpr int64_t kAheadBlocks = 2;      // blocks that are fetched ahead of the one that is read
+constexpr int64_t kAloneWork = 1 << 13;  // by `cost`: what is not worth waking another thread for
 
 using ReadBlock = void (*)(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t dims, float* out);
 
@@ -28,7 +25,7 @@ struct Tile {
   int64_t sequence, head, row, count;  // the kv head; the first token row, and how many
   int64_t position;                    // of the first row in its sequence
   int64_t first, last;                 // keys that any row sees
-  int64_t parts = -1, left = -1;       // where its chunks' results wait, and their number; -1 = joined at once
+  int64_t parts = -1, left = -1;       // where its chunks' results wait, and their count does; -1 = joined at once
   int64_t first_chunk() const { return first / kChunkKeys; }
   int64_t chunks() const { return first < last ? (last + kChunkKeys - 1) / kChunkKeys - first_chunk() : 0; }
 };
@@ -37,7 +34,7 @@ struct Item {  // some chunks of a tile
   int64_t tile, from, until;
 };
 
-struct Problem {
+struct Problem {  // `group`: query heads of a kv head; `row_bytes`: of one head's stored key
   int64_t heads, kv_heads, group, dims, page_size, pages, table_width, row_bytes, threads;
   const uint8_t* q;
   const uint8_t* data;
