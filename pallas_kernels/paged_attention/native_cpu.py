@@ -1,7 +1,7 @@
 """Paged attention in C++ (`native/attention.cc`): one call for a whole ragged batch, which reads pages where they lie.
 
 A row's result is the same bits whatever rows are beside it and however its prompt is cut into chunks. Nothing
-differentiates it: training attends with XLA's own.
+differentiates it: what trains weights attends densely.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import native
 from pallas_kernels.kv_layout import QUANTIZED, Pages
 from pallas_kernels.op import UnsupportedImplementationError
 from pallas_kernels.paged_attention import OP, AttentionProblem, paged_attention, plan_attention
@@ -17,7 +18,9 @@ from pallas_kernels.ragged import RaggedBatch
 from tests.kernels.attention_inputs import TOLERANCE, make_inputs, problem_of, sinks_of, widened
 
 # The Mosaic GPU kernel has a file of its own: its simulator wants smaller cases.
-IMPLEMENTATIONS = [i.name for i in OP.implementations if not i.name.startswith(("reference", "mosaic_gpu"))]
+NAMES = [i.name for i in OP.implementations if not i.name.startswith(("reference", "mosaic_gpu"))]
+NO_COMPILER = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+IMPLEMENTATIONS = [pytest.param(name, marks=NO_COMPILER if name == "native_cpu" else ()) for name in NAMES]
 
 
 def run(case: Case, implementation: str, q: jax.Array, pages: Pages, batch: RaggedBatch) -> np.ndarray:
