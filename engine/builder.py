@@ -17,9 +17,10 @@ from engine.core import CoreOptions, EngineCore
 from engine.errors import ConfigError, InvalidRequestError
 from engine.input_processor import InputProcessor, ModelLimits
 from engine.output_processor import OutputProcessor
+from engine.replay.recorder import RecordingExecutor, header_of
 from engine.runtime.compile import COUNTER, enable_persistent_cache
 from engine.runtime.drafting.build import make_drafter
-from engine.runtime.executables import ModelProgram, compile_program
+from engine.runtime.executables import Executables, ModelProgram, compile_program
 from engine.runtime.executor import Executor
 from engine.runtime.limits import RuntimeLimits, resolve_limits
 from engine.runtime.memory import MemoryLedger, memory_limit, plan_blocks, require_one_request
@@ -158,7 +159,7 @@ def _build(config: EngineConfig) -> BuiltEngine:
     with progress_bar("compiling", show=show) as report, ThreadPoolExecutor(1) as beside:
         grammars = beside.submit(_make_grammars, tokenizer, loaded.config)
         executables = compile_program(program, loaded.params, config.compile, report)
-    executor = Executor(program, loaded.params, executables)
+    executor = _make_executor(config, program, loaded.params, executables, ledger.num_blocks)
     if config.kernels.pin_cpu_threads and jax.devices()[0].platform == "cpu":
         pin_workers()
     times = StartTimes(resolved - started, loaded_at - resolved, time.monotonic() - loaded_at)
@@ -189,6 +190,20 @@ def _build(config: EngineConfig) -> BuiltEngine:
         tokenizer_path=tokenizer_path,
         config=config,
     )
+
+
+def _make_executor(
+    config: EngineConfig, program: ModelProgram, params: Params, executables: Executables, num_blocks: int
+) -> Executor:
+    """The executor; one that records, if the config says so.
+
+    Raises:
+        CacheWriteError: the recording cannot be made.
+    """
+    if config.debug.record is None:
+        return Executor(program, params, executables)
+    path = Path(config.debug.record).expanduser()
+    return RecordingExecutor(program, params, executables, path, header_of(config, program, num_blocks))
 
 
 def fetch_options(config: ModelLoadConfig, environment: Environment, report: Report) -> FetchOptions:

@@ -220,7 +220,20 @@ class SpeculativeConfig:
         return None if self.speculative_config is None else parse_speculative(self.speculative_config)
 
 
-PARTS = ("load", "cache", "scheduler", "compile", "kernels", "speculative")
+@dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    """Finding faults."""
+
+    record: str | None = _setting(
+        None, "write every step to this file, prompts and answers included, for `quire replay`; is overwritten"
+    )
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check(self.record != "", "record must name a file.")
+
+
+PARTS = ("load", "cache", "scheduler", "compile", "kernels", "speculative", "debug")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +246,7 @@ class EngineConfig:
     compile: CompileConfig = field(default_factory=CompileConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
     def flat(self) -> dict[str, Any]:
         """All settings by name, plain values: what `from_flat` makes an equal configuration of."""
