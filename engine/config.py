@@ -23,8 +23,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
 GENERATION_CONFIGS = ("auto", "none")
 POLICIES = ("fcfs", "priority")
-IMPLEMENTATIONS = ("auto", "reference", "xla", "mosaic_gpu", "mosaic_gpu_simulated")
-MATMUL_IMPLEMENTATIONS = (*IMPLEMENTATIONS, "native_cpu")
+IMPLEMENTATIONS = ("auto", "reference", "xla", "mosaic_gpu", "mosaic_gpu_simulated", "native_cpu")
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3")
 QUANTIZATIONS = (*SCHEMES, KEEP_BLOCKS)
 
@@ -188,7 +187,7 @@ class KernelConfig:
 
     attention_implementation: str = _setting("auto", "implementation of paged attention", IMPLEMENTATIONS)
     matmul_implementation: str = _setting(
-        "auto", "implementation of products with weights, quantized or not", MATMUL_IMPLEMENTATIONS
+        "auto", "implementation of products with weights, quantized or not", IMPLEMENTATIONS
     )
     cpu_compiler: str = _setting(
         "auto", "C++ compiler of native kernels on a CPU; auto = the one installed, '' = no such kernels"
@@ -198,7 +197,7 @@ class KernelConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _check_choice("attention_implementation", self.attention_implementation, IMPLEMENTATIONS)
-        _check_choice("matmul_implementation", self.matmul_implementation, MATMUL_IMPLEMENTATIONS)
+        _check_choice("matmul_implementation", self.matmul_implementation, IMPLEMENTATIONS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,12 @@ import jax
 logger = logging.getLogger("quire.kernels")
 
 SOURCES = Path(__file__).parent
-MAIN = ("dense.cc", "integers.cc", "product.cc")
+MAIN = ("attention.cc", "dense.cc", "integers.cc", "product.cc")
 TARGETS = {  # name for XLA -> symbol
     "quire_dense_product": "quire_dense_product",
     "quire_integer_product": "quire_integer_product",
     "quire_packed_product": "quire_packed_product",
+    "quire_paged_attention": "quire_paged_attention",
 }
 COMPILERS = ("c++", "g++", "clang++")  # in the order in which "auto" looks for them
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-w")

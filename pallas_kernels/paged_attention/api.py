@@ -15,7 +15,7 @@ import jax
 
 from pallas_kernels.kv_layout import Pages
 from pallas_kernels.op import Implementation, Op, mosaic_gpu
-from pallas_kernels.paged_attention import pallas_mosaic_gpu, reference, xla
+from pallas_kernels.paged_attention import native_cpu, pallas_mosaic_gpu, reference, xla
 from pallas_kernels.paged_attention.gpu_cases import gpu_cases
 from pallas_kernels.paged_attention.problem import AttentionProblem
 from pallas_kernels.ragged import RaggedBatch
@@ -31,10 +31,17 @@ OP = Op(
     name="paged_attention",
     implementations=(
         *mosaic_gpu(pallas_mosaic_gpu.make, pallas_mosaic_gpu.supports),
+        Implementation(
+            "native_cpu",
+            {"plan": native_cpu.plan, "run": native_cpu.run},
+            native_cpu.supports,
+            native_cpu.device_reason,
+            native_cpu.yields,
+        ),
         Implementation("xla", {"plan": xla.plan, "run": xla.run}, _everything),
         Implementation("reference", {"plan": reference.plan, "run": reference.run}, _everything),
     ),
-    automatic=("mosaic_gpu", "xla"),
+    automatic=("mosaic_gpu", "native_cpu", "xla"),
     gpu_cases=gpu_cases,
 )
 
