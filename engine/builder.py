@@ -12,14 +12,15 @@ from typing import Any
 import jax
 
 from engine.client import EngineInfo
-from engine.config import QUANTIZATIONS, EngineConfig, Environment, ModelLoadConfig, reserve_gpu_memory
+from engine.config import DETERMINISTIC, QUANTIZATIONS, EngineConfig, Environment, ModelLoadConfig, reserve_gpu_memory
 from engine.core import CoreOptions, EngineCore
 from engine.errors import ConfigError, InvalidRequestError
 from engine.input_processor import InputProcessor, ModelLimits
 from engine.output_processor import OutputProcessor
+from engine.replay.recorder import RecordingExecutor, header_of
 from engine.runtime.compile import COUNTER, enable_persistent_cache
 from engine.runtime.drafting.build import make_drafter
-from engine.runtime.executables import ModelProgram, compile_program
+from engine.runtime.executables import Executables, ModelProgram, compile_program
 from engine.runtime.executor import Executor
 from engine.runtime.limits import RuntimeLimits, resolve_limits
 from engine.runtime.memory import MemoryLedger, memory_limit, plan_blocks, require_one_request
@@ -39,8 +40,12 @@ from models.functional import Params
 from models.loading.load import LoadedModel, load_model, read_generation_config
 from models.loading.resolver import FetchOptions, ModelFiles, resolve_model, resolve_tokenizer
 from pallas_kernels import native
+from pallas_kernels.device import current_device
 from pallas_kernels.matmul import OP as MATMUL
+from pallas_kernels.op import UnsupportedImplementationError
 from pallas_kernels.registry import chosen_implementations
+from pallas_kernels.rowwise import OP as ROWWISE
+from pallas_kernels.rowwise import RowwiseProblem
 
 logger = logging.getLogger("quire")
 
@@ -130,8 +135,11 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
         QuireError: of the kind that fits: model not found, unsupported, damaged, settings that contradict, not enough
             memory.
     """
-    with COUNTER.building():
-        return _build(config)
+    try:
+        with COUNTER.building():
+            return _build(config)
+    except UnsupportedImplementationError as error:  # one that the settings name
+        raise ConfigError(f"{error}.") from error
 
 
 def _build(config: EngineConfig) -> BuiltEngine:
@@ -158,7 +166,7 @@ def _build(config: EngineConfig) -> BuiltEngine:
     with progress_bar("compiling", show=show) as report, ThreadPoolExecutor(1) as beside:
         grammars = beside.submit(_make_grammars, tokenizer, loaded.config)
         executables = compile_program(program, loaded.params, config.compile, report)
-    executor = Executor(program, loaded.params, executables)
+    executor = _make_executor(config, program, loaded.params, executables, ledger.num_blocks)
     if config.kernels.pin_cpu_threads and jax.devices()[0].platform == "cpu":
         pin_workers()
     times = StartTimes(resolved - started, loaded_at - resolved, time.monotonic() - loaded_at)
@@ -189,6 +197,20 @@ def _build(config: EngineConfig) -> BuiltEngine:
         tokenizer_path=tokenizer_path,
         config=config,
     )
+
+
+def _make_executor(
+    config: EngineConfig, program: ModelProgram, params: Params, executables: Executables, num_blocks: int
+) -> Executor:
+    """The executor; one that records, if the config says so.
+
+    Raises:
+        CacheWriteError: the recording cannot be made.
+    """
+    if config.debug.record is None:
+        return Executor(program, params, executables)
+    path = Path(config.debug.record).expanduser()
+    return RecordingExecutor(program, params, executables, path, header_of(config, program, num_blocks))
 
 
 def fetch_options(config: ModelLoadConfig, environment: Environment, report: Report) -> FetchOptions:
@@ -288,11 +310,27 @@ def make_program(
     dtype = loaded.dtype
     limits = resolve_limits(config, loaded.config, dtype, loaded.kv_cache_dtype)
     enable_persistent_cache(config.compile, cache_dir)
-    program = ModelProgram.of(loaded.config, limits, 2, config.kernels)
+    if config.kernels.deterministic:
+        _require_deterministic(loaded.config)
+    program = ModelProgram.of(loaded.config, limits, 2, config.kernels.named)
     drafter = make_drafter(config.speculative.settings, program, loaded.params, draft)
     ledger, program = _size(config, replace(program, drafter=drafter), loaded.params)
     logger.info("memory: %s", ledger)
     return ledger, program
+
+
+def _require_deterministic(model: ModelConfig) -> None:
+    """Refuse what cannot be computed so that a row's bits depend on nothing beside it.
+
+    Raises:
+        ConfigError: the device, or what the model's rows pass through.
+    """
+    for function, activation in (("norm", None), ("gate", model.activation), ("heads", None)):
+        problem = RowwiseProblem(function, "float32", activation)
+        native_rows = next(each for each in ROWWISE.implementations if each.name == DETERMINISTIC)
+        reason = native_rows.refuses(problem, current_device())
+        if reason is not None:
+            raise ConfigError(f"deterministic=True cannot be had here: {reason}.")
 
 
 def _size(config: EngineConfig, smallest: ModelProgram, params: Params) -> tuple[MemoryLedger, ModelProgram]:

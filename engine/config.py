@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -24,6 +24,7 @@ LOAD_FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
 GENERATION_CONFIGS = ("auto", "none")
 POLICIES = ("fcfs", "priority")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "mosaic_gpu", "mosaic_gpu_simulated", "native_cpu")
+DETERMINISTIC = "native_cpu"  # the implementation whose results for a row depend on nothing beside it
 KV_CACHE_DTYPES = ("auto", "int8", "fp8", "fp8_e4m3")
 QUANTIZATIONS = (*SCHEMES, KEEP_BLOCKS)
 
@@ -193,11 +194,28 @@ class KernelConfig:
         "auto", "C++ compiler of native kernels on a CPU; auto = the one installed, '' = no such kernels"
     )
     pin_cpu_threads: bool = _setting(True, "on a CPU, keep each of XLA's worker threads on a core of its own")
+    deterministic: bool = _setting(
+        False,
+        "bit for bit the same tokens and log-probabilities whatever else runs: other requests, chunks, cache hits, "
+        "preemptions, restarts; on a CPU with a C++ compiler",
+    )
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_choice("attention_implementation", self.attention_implementation, IMPLEMENTATIONS)
-        _check_choice("matmul_implementation", self.matmul_implementation, IMPLEMENTATIONS)
+        for name in ("attention_implementation", "matmul_implementation"):
+            value = getattr(self, name)
+            _check_choice(name, value, IMPLEMENTATIONS)
+            _check(
+                not self.deterministic or value in ("auto", DETERMINISTIC),
+                f"deterministic=True needs {name}='auto' or {DETERMINISTIC!r}, got {value!r}.",
+            )
+
+    @property
+    def named(self) -> KernelConfig:
+        """The same with the names that it implies."""
+        if not self.deterministic:
+            return self
+        return replace(self, attention_implementation=DETERMINISTIC, matmul_implementation=DETERMINISTIC)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +237,20 @@ class SpeculativeConfig:
         return None if self.speculative_config is None else parse_speculative(self.speculative_config)
 
 
-PARTS = ("load", "cache", "scheduler", "compile", "kernels", "speculative")
+@dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    """Finding faults."""
+
+    record: str | None = _setting(
+        None, "write every step to this file, prompts and answers included, for `quire replay`; is overwritten"
+    )
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check(self.record != "", "record must name a file.")
+
+
+PARTS = ("load", "cache", "scheduler", "compile", "kernels", "speculative", "debug")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +263,7 @@ class EngineConfig:
     compile: CompileConfig = field(default_factory=CompileConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
     def flat(self) -> dict[str, Any]:
         """All settings by name, plain values: what `from_flat` makes an equal configuration of."""

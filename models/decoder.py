@@ -32,8 +32,8 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, pages: Pages, step: StepContext) -> tuple[jax.Array, Pages]:
         """[T, E] and this layer's pages -> both, advanced."""
         attended, pages = self.attn(self.attn_norm(x), pages, step)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), pages
+        normed, x = self.mlp_norm.of_sum(x, attended)
+        return x + self.mlp(normed), pages
 
 
 class Table(nnx.Module):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pallas_kernels import grouped_matmul, kv_write, matmul, paged_attention, quantized_matmul
+from pallas_kernels import grouped_matmul, kv_write, matmul, paged_attention, quantized_matmul, rowwise
 from pallas_kernels.op import Op
 
-OPS: tuple[Op, ...] = (paged_attention.OP, kv_write.OP, matmul.OP, quantized_matmul.OP, grouped_matmul.OP)
+OPS: tuple[Op, ...] = (paged_attention.OP, kv_write.OP, matmul.OP, quantized_matmul.OP, grouped_matmul.OP, rowwise.OP)
 
 
 def chosen_implementations() -> dict[str, str]:

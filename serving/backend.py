@@ -14,6 +14,7 @@ from engine.distilling import DistillReport
 from engine.evaluation import EvaluationReport
 from engine.outputs import RequestOutput
 from engine.quantizing import QuantizationReport, Settings
+from engine.replay.report import ReplayReport
 from engine.runtime.progress import Report
 from engine.sampling_params import SamplingParams
 
@@ -93,6 +94,8 @@ ModelEvaluator = Callable[[EngineConfig, EngineConfig | None, str | None, int, R
 DraftDistiller = Callable[[EngineConfig, str | None, int, Report], DistillReport]
 # Writes a quantized checkpoint: (model, out, settings, calibration text, whether to measure it, progress) -> report.
 ModelQuantizer = Callable[[EngineConfig, Path, Settings, str | None, bool, Report], QuantizationReport]
+# Does again what a recording says, with some settings changed: (recording, changes) -> report.
+RecordingPlayer = Callable[[Path, Mapping[str, Any]], ReplayReport]
 
 
 def create_engine(model: str, **settings: Any) -> EngineLike:
@@ -149,3 +152,11 @@ def distill_draft(config: EngineConfig, text: str | None, num_tokens: int, progr
     from engine.distill import distill_draft as distill
 
     return distill(config, text, num_tokens, progress)
+
+
+def replay_recording(path: Path, changes: Mapping[str, Any]) -> ReplayReport:
+    """Do again what a recording says, up to the first difference."""
+    # Imported late on purpose, as in `create_engine`.
+    from engine.replay.player import replay
+
+    return replay(path, changes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.errors import EngineDeadError, QuireError, RequestFailedError
 
 EXIT_OK = 0
-EXIT_FAILED = 1  # not the user's fault: a request or the engine failed while it ran, or a measurement is not valid
+EXIT_FAILED = 1  # not the user's fault: a request or the engine failed, a measurement is not valid, a replay differs
 EXIT_USAGE = 2  # the user's fault: a flag, a prompt, a model, a file; also what argparse exits with
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE

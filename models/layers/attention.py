@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from models.config import LayerConfig, ModelConfig
 from models.layers.basic import Linear, RMSNorm
-from models.layers.rope import rotate
 from pallas_kernels.kv_layout import Pages
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import AttentionProblem, paged_attention
+from pallas_kernels.rowwise import Heads, heads
 
 
 @jax.tree_util.register_dataclass
@@ -62,14 +61,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, pages: Pages, step: StepContext) -> tuple[jax.Array, Pages]:
         """[T, in] and this layer's pages -> [T, E] and the pages with this step's keys and values."""
-        problem, dim = self.problem, self.problem.head_dim
-        num_q, num_kv = problem.num_heads * dim, problem.num_kv_heads * dim
-        q, k, v = jnp.split(self.qkv(x), [num_q, num_q + num_kv], axis=-1)
-        q, k, v = (part.reshape(x.shape[0], -1, dim) for part in (q, k, v))
+        problem, dim, norms, eps = self.problem, self.problem.head_dim, None, 0.0
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.layer.use_rope:
-            q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+            norms, eps = (self.q_norm.weight[...], self.k_norm.weight[...]), self.q_norm.eps
+        turned = (step.cos, step.sin) if self.layer.use_rope else None
+        q, k, v = heads(self.qkv(x), Heads(problem.num_heads, problem.num_kv_heads, dim), turned, norms, eps)
         pages = kv_write(pages, k, v, step.slots)
         out = paged_attention(q, pages, step.plan, problem, scale=dim**-0.5, window=self.layer.window)
-        return self.o(out.reshape(x.shape[0], num_q)), pages
+        return self.o(out.reshape(x.shape[0], -1)), pages

@@ -8,6 +8,7 @@ from flax import nnx
 
 from models.config import ModelConfig
 from models.layers.product import Weight, product
+from pallas_kernels.rowwise import add_norm, gate, norm
 
 
 class Linear(nnx.Module):
@@ -40,9 +41,11 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., size] -> same."""
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.weight[...]
+        return norm(x, self.weight[...], self.eps)
+
+    def of_sum(self, x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[T, size] twice -> the norm of the sum, and the sum."""
+        return add_norm(x, residual, self.weight[...], self.eps)
 
 
 class GatedMlp(nnx.Module):
@@ -56,11 +59,4 @@ class GatedMlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, E] -> [T, E]."""
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        wide = gate.astype(jnp.float32)
-        gate = (
-            jax.nn.silu(wide)
-            if self.activation == "silu"
-            else jax.nn.gelu(wide, approximate=self.activation == "gelu_tanh")
-        )
-        return self.down(gate.astype(x.dtype) * up)
+        return self.down(gate(self.gate_up(x), self.activation))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import RopeConfig
+from pallas_kernels.rowwise import turns
 
 
 def frequencies(rope: RopeConfig) -> tuple[np.ndarray, float]:
@@ -78,21 +79,10 @@ def _yarn(rope: RopeConfig) -> tuple[np.ndarray, float]:
     return inverse.astype(np.float32), scale
 
 
-def cos_sin(rope: RopeConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32[T, rotary_dim] each, for int32[T] positions, as `rotate` takes them: both halves of cos are the same,
-    those of sin differ in sign. Computed once per step, shared by all layers.
+def cos_sin(rope: RopeConfig, positions: jax.Array, implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
+    """float32[T, rotary_dim] each, for int32[T] positions, as `rowwise.heads` takes them. Computed once per step,
+    shared by all layers.
     """
     inverse, scale = frequencies(rope)
     angles = positions.astype(jnp.float32)[:, None] * inverse
-    cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
-    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the leading `cos.shape[-1]` dims of every head of `[T, H, D]`, in float32; the rest passes."""
-    size = cos.shape[-1]
-    wide = x[..., :size].astype(jnp.float32)
-    # (a, b) -> (a cos - b sin, b cos + a sin). With a roll by half, a step of 128 tokens is 7 % faster on CPU than with
-    # the halves rotated apart and joined.
-    turned = (wide * cos[:, None] + jnp.roll(wide, size // 2, axis=-1) * sin[:, None]).astype(x.dtype)
-    return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)
+    return turns(angles, scale, implementation)

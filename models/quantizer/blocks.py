@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from models.config import LayerConfig, ModelConfig
-from models.layers.rope import cos_sin, rotate
+from models.layers.rope import cos_sin
 from models.quantizer.types import Made
+from pallas_kernels.rowwise import rotate
 
 MATRICES = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
 Weights = Mapping[str, jax.Array]
@@ -75,7 +76,7 @@ def _attend(runner: BlockRunner, weights: Weights, qkv: jax.Array) -> jax.Array:
     positions = jnp.arange(length)
     if runner.layer.use_rope:
         turn = jax.vmap(partial(rotate), in_axes=(0, None, None))
-        cos, sin = cos_sin(config.rope, positions)
+        cos, sin = cos_sin(config.rope, positions, "xla")
         q, k = turn(q, cos, sin), turn(k, cos, sin)
     group = config.num_heads // config.num_kv_heads
     q = q.reshape(num_seqs, length, config.num_kv_heads, group, config.head_dim)

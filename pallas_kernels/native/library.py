@@ -20,12 +20,16 @@ import jax
 logger = logging.getLogger("quire.kernels")
 
 SOURCES = Path(__file__).parent
-MAIN = ("attention.cc", "dense.cc", "integers.cc", "product.cc")
+MAIN = ("attention.cc", "dense.cc", "integers.cc", "product.cc", "rowwise.cc")
 TARGETS = {  # name for XLA -> symbol
     "quire_dense_product": "quire_dense_product",
     "quire_integer_product": "quire_integer_product",
     "quire_packed_product": "quire_packed_product",
     "quire_paged_attention": "quire_paged_attention",
+    "quire_rms_norm": "quire_rms_norm",
+    "quire_gate": "quire_gate",
+    "quire_turns": "quire_turns",
+    "quire_heads": "quire_heads",
 }
 COMPILERS = ("c++", "g++", "clang++")  # in the order in which "auto" looks for them
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
