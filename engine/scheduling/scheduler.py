@@ -58,6 +58,9 @@ class Scheduler:
         for sequence in sequences:
             sequence.arrival = self._num_arrivals
             self._num_arrivals += 1
+            sequence.most_known = sequence.num_prompt_tokens + sequence.request.max_tokens
+            if sequence.request.pooling is None:  # a pooled prompt may be as long as a sequence can be: nothing follows
+                sequence.most_known = min(sequence.most_known, self.max_len)
             self._waiting.add(sequence)
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -115,10 +118,14 @@ class Scheduler:
         for sequence in running:  # its end may be preempted meanwhile, which a list's iterator allows
             if budget == 0:
                 break
-            if not self._wants_tokens(sequence):
+            stop = sequence.num_known
+            if stop >= sequence.most_known:
                 continue
-            num_tokens = min(sequence.num_uncomputed, most, budget)
-            stop = sequence.num_computed + num_tokens
+            num_tokens = stop - sequence.num_computed
+            samples = num_tokens <= most and num_tokens <= budget
+            if not samples:
+                num_tokens = min(most, budget)
+                stop = sequence.num_computed + num_tokens
             while stop > len(sequence.block_table) * block_size and not grow(sequence, stop):
                 # The last one is never before this one, so it is not in this plan yet; at worst it is this one.
                 victim = running[-1]
@@ -129,15 +136,14 @@ class Scheduler:
             drafts = ()
             if sequence.draft_token_ids:
                 drafts = take_drafts(sequence, num_tokens, budget - num_tokens, self.max_len, self._allocator)
-            item = self._give(sequence, num_tokens, starts_row=False, drafts=drafts)
-            items.append(item)
-            budget -= item.num_tokens
+            items.append(self._give(sequence, num_tokens, samples, False, drafts))
+            budget -= num_tokens + len(drafts)
         return budget
 
     def _plan_waiting(self, items: list[ScheduledSequence], budget: int) -> None:
         """Admit waiting sequences, in order, while rows, blocks and budget last."""
         waiting = self._waiting
-        num_promised = sum(self._allocator.num_missing(s) for s in self._running if self._wants_tokens(s))
+        num_promised = sum(self._allocator.num_missing(s) for s in self._running if s.num_known < s.most_known)
         index = 0
         while index < len(waiting) and budget > 0 and self._free_rows:
             sequence = waiting[index]
@@ -176,35 +182,30 @@ class Scheduler:
         self._groups.note_admitted(group)
         sequence.status = SequenceStatus.RUNNING
         sequence.row = self._free_rows.pop()
-        return self._give(sequence, num_tokens, starts_row=True)
+        return self._give(sequence, num_tokens, num_tokens == sequence.num_uncomputed, True, ())
 
     def _give(
-        self, sequence: Sequence, num_tokens: int, starts_row: bool, drafts: tuple[int, ...] = ()
+        self, sequence: Sequence, num_tokens: int, samples: bool, starts_row: bool, drafts: tuple[int, ...]
     ) -> ScheduledSequence:
         """Count known tokens and drafts as computed; the blocks for them are there."""
-        assert sequence.row is not None, "only running sequences get tokens"
-        start, num_sent_blocks, is_relative = sequence.num_computed, sequence.num_sent_blocks, False
-        samples = num_tokens == sequence.num_uncomputed
-        num_tokens += len(drafts)
+        row, start, num_sent_blocks, is_relative = sequence.row, sequence.num_computed, sequence.num_sent_blocks, False
+        assert row is not None, "only running sequences get tokens"
         if drafts or sequence.num_pending_drafts:
+            num_tokens += len(drafts)
             is_relative = sequence.num_pending_drafts > 0
             sequence.num_pending_drafts += len(drafts)
-        sequence.num_computed = start + num_tokens
-        sequence.num_pending += samples and 1 + len(drafts)
+        sequence.num_computed = stop = start + num_tokens
+        if samples:
+            sequence.num_pending += 1 + len(drafts)
         sequence.num_sent_blocks = len(sequence.block_table)
-        self._register_fixed(sequence)
+        if stop // self._limits.block_size > sequence.num_cached_blocks:  # not so in all but a few of the steps
+            self._register_fixed(sequence)
         return ScheduledSequence(
-            sequence, sequence.row, start, num_tokens, samples, num_sent_blocks, starts_row, drafts, is_relative
+            sequence, row, start, num_tokens, samples, num_sent_blocks, starts_row, drafts, is_relative
         )
 
-    def _wants_tokens(self, sequence: Sequence) -> bool:
-        # A pooled prompt may be as long as a sequence can be: nothing follows it.
-        return sequence.wants_tokens and (sequence.num_known < self.max_len or sequence.request.pooling is not None)
-
     def _register_fixed(self, sequence: Sequence) -> None:
-        # Called for every sequence in every step: the first, cheap look says no in all but a few of them.
-        if sequence.num_computed // self._limits.block_size > sequence.num_cached_blocks:
-            self._allocator.register_fixed(sequence, self._groups.of(sequence).root)
+        self._allocator.register_fixed(sequence, self._groups.of(sequence).root)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue: what it computed is forgotten, what it knows is not, and tokens in flight still come."""
@@ -245,18 +246,20 @@ class Scheduler:
             raise ValueError(f"plan {plan.step_id} has {len(plan.items)} items, but {len(sampled)} tokens came")
         self._in_flight.popleft()
         committed: list[CommittedToken] = []
+        block_size = self._limits.block_size
         for index, (item, tokens) in enumerate(zip(plan.items, sampled, strict=True)):
             sequence = item.sequence
             if not item.samples or sequence.status is SequenceStatus.FINISHED:
                 continue
-            if not 1 <= len(tokens) <= 1 + len(item.drafts):
+            num_drafts = len(item.drafts)
+            if not 1 <= len(tokens) <= 1 + num_drafts:
                 raise ValueError(
-                    f"plan {plan.step_id}: item {index} samples after {len(item.drafts)} drafts, and {len(tokens)} "
-                    "tokens came"
+                    f"plan {plan.step_id}: item {index} samples after {num_drafts} drafts, and {len(tokens)} tokens "
+                    "came"
                 )
-            sequence.num_pending -= 1 + len(item.drafts)
-            if item.drafts:
-                settle_drafts(sequence, len(item.drafts), len(tokens) - 1)
+            sequence.num_pending -= 1 + num_drafts
+            if num_drafts:
+                settle_drafts(sequence, num_drafts, len(tokens) - 1)
             if sequence.request.pooling is not None:  # its prompt is computed: that was all
                 self._end(sequence, FinishReason.STOP)
                 continue
@@ -267,7 +270,8 @@ class Scheduler:
                 committed.append(CommittedToken(sequence, token, index, place, len(outputs), stop is not None))
                 if stop is not None:
                     break
-            self._register_fixed(sequence)  # a block of which the last token was the last unknown one
+            if sequence.num_computed // block_size > sequence.num_cached_blocks:
+                self._register_fixed(sequence)  # a block of which the last token was the last unknown one
             if stop is not None:
                 self._end(sequence, *stop)
         return committed
