@@ -15,6 +15,7 @@ Not in it: what XLA's own dispatch takes, and what a server does with the output
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -187,6 +188,8 @@ def churn(text: np.ndarray, num_seqs: int, num_steps: int, tokenizer: Tokenizer 
 def exposed(text: np.ndarray, num_seqs: int, num_steps: int, tokenizer: Tokenizer | None, device_ms: float) -> Exposed:
     """How long a device waits whose steps take so long."""
     core, device = start(text, num_seqs, num_steps + WARM_UP, tokenizer, device_ms / 1e3)
+    gc.collect()
+    gc.freeze()  # as a server's engine process does
     device.reset()
     started = time.perf_counter()
     for _ in range(num_steps):

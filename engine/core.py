@@ -331,9 +331,9 @@ class EngineCore:
 
     def _ends(self, record: RequestRecord, committed: CommittedToken) -> bool:
         """Feed a token that was just committed to text and grammar; ends the sequence if they say so."""
-        sequence, token, matcher = committed.sequence, committed.token_id, committed.sequence.matcher
-        reason = sequence.finish_reason if committed.ends else None
-        stop = self.outputs.push(record, sequence, token, committed.ends, reason is FinishReason.STOP)
+        sequence, token, _, _, _, ends = committed
+        matcher, reason = sequence.matcher, sequence.finish_reason if ends else None
+        stop = self.outputs.push(record, sequence, token, ends, reason is FinishReason.STOP)
         if stop is not None:
             self.scheduler.finish(sequence, FinishReason.STOP, stop, committed.num_outputs)
         elif matcher is None or reason not in (None, FinishReason.LENGTH):

@@ -247,11 +247,12 @@ class Scheduler:
         self._in_flight.popleft()
         committed: list[CommittedToken] = []
         block_size = self._limits.block_size
+        finished, max_len = SequenceStatus.FINISHED, self.max_len
         for index, (item, tokens) in enumerate(zip(plan.items, sampled, strict=True)):
-            sequence = item.sequence
-            if not item.samples or sequence.status is SequenceStatus.FINISHED:
+            sequence, _, _, _, samples, _, _, drafts, _ = item
+            if not samples or sequence.status is finished:
                 continue
-            num_drafts = len(item.drafts)
+            num_drafts = len(drafts)
             if not 1 <= len(tokens) <= 1 + num_drafts:
                 raise ValueError(
                     f"plan {plan.step_id}: item {index} samples after {num_drafts} drafts, and {len(tokens)} tokens "
@@ -266,7 +267,7 @@ class Scheduler:
             outputs, stop = sequence.output_token_ids, None
             for place, token in enumerate(tokens):
                 outputs.append(token)
-                stop = find_stop(sequence, self.max_len)
+                stop = find_stop(sequence, max_len)
                 committed.append(CommittedToken(sequence, token, index, place, len(outputs), stop is not None))
                 if stop is not None:
                     break
