@@ -264,10 +264,12 @@ class EngineCore:
         self._failures_in_a_row = 0
         now = time.monotonic()
         self.timeline.on_collected(step.plan.step_id, now)
+        # The device took it up when it was dispatched, or when it was done with the one before.
+        seconds, shape = now - max(dispatched, self._collected_at), step.bucket
+        drafts = shape.num_logits > 1
+        if self.scheduler.pace is not None and not drafts:
+            self.scheduler.pace.observe(shape.num_tokens, seconds)
         if self._speculator is not None:
-            # The device took it up when it was dispatched, or when it was done with the one before.
-            seconds, shape = now - max(dispatched, self._collected_at), step.bucket
-            drafts = shape.num_logits > 1
             self._speculator.observe_time(shape.num_tokens, shape.num_seqs, seconds, drafts=drafts)
         self._collected_at = now
         collected = time.perf_counter()

@@ -12,6 +12,7 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.drafts import settle_drafts, take_drafts
 from engine.scheduling.groups import RequestGroups
 from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.pace import NO_LIMIT, PromptPace
 from engine.scheduling.plan import ScheduledSequence, StepPlan
 from engine.scheduling.policy import ORDER_KEYS, SequenceQueue
 from engine.scheduling.results import CommittedToken, SchedulerStats
@@ -27,11 +28,12 @@ class Scheduler:
     block tables from a plan does so before the next call of the scheduler. Not thread-safe: one thread owns it.
 
     A sequence ends with reason "length" at `max_len` tokens: `max_model_len`, or what the whole pool can compute if
-    that is less.
+    that is less. `pace` holds prompts back while streams decode, if it is given.
     """
 
-    def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool, pace: PromptPace | None = None) -> None:
         self._limits = limits
+        self.pace = pace
         self._allocator = KVAllocator(pool, limits.block_size)
         # The last token of a sequence needs no room: nothing is sampled after it.
         self.max_len = min(limits.max_model_len, self._allocator.capacity_tokens + 1)
@@ -99,7 +101,8 @@ class Scheduler:
         """What the next step computes; None if there is nothing, or nothing before a plan in flight is committed."""
         items: list[ScheduledSequence] = []
         preempted: list[Sequence] = []
-        budget = self._plan_running(items, preempted)
+        most = NO_LIMIT if self.pace is None else self.pace.allow(self._running, self.may_admit)
+        budget = self._plan_running(items, preempted, most)
         # While running sequences lose blocks, newcomers would only take more. Steps that verify drafts have a shape of
         # their own, without room for a prompt.
         if budget > 0 and self._waiting and self._free_rows and not preempted and not any(i.drafts for i in items):
@@ -111,8 +114,8 @@ class Scheduler:
         self._in_flight.append(plan)
         return plan
 
-    def _plan_running(self, items: list[ScheduledSequence], preempted: list[Sequence]) -> int:
-        """Give tokens to running sequences, in order, preempting from the end. Returns what is left of the budget."""
+    def _plan_running(self, items: list[ScheduledSequence], preempted: list[Sequence], prompt_tokens: int) -> int:
+        """Give tokens to running sequences, in order, preempting from the end. Returns what is left for newcomers."""
         running, grow, block_size = self._running, self._allocator.grow, self._limits.block_size
         budget, most = self._limits.max_num_batched_tokens, self._limits.max_tokens_per_seq
         for sequence in running:  # its end may be preempted meanwhile, which a list's iterator allows
@@ -121,11 +124,13 @@ class Scheduler:
             stop = sequence.num_known
             if stop >= sequence.most_known:
                 continue
-            num_tokens = stop - sequence.num_computed
-            samples = num_tokens <= most and num_tokens <= budget
-            if not samples:
-                num_tokens = min(most, budget)
-                stop = sequence.num_computed + num_tokens
+            num_tokens, samples = stop - sequence.num_computed, True
+            if num_tokens > 1:
+                whole, num_tokens = num_tokens, min(num_tokens, most, budget, prompt_tokens)
+                if num_tokens == 0:
+                    continue
+                samples, stop = num_tokens == whole, sequence.num_computed + num_tokens
+                prompt_tokens -= num_tokens
             while stop > len(sequence.block_table) * block_size and not grow(sequence, stop):
                 # The last one is never before this one, so it is not in this plan yet; at worst it is this one.
                 victim = running[-1]
@@ -138,7 +143,7 @@ class Scheduler:
                 drafts = take_drafts(sequence, num_tokens, budget - num_tokens, self.max_len, self._allocator)
             items.append(self._give(sequence, num_tokens, samples, False, drafts))
             budget -= num_tokens + len(drafts)
-        return budget
+        return min(budget, prompt_tokens)
 
     def _plan_waiting(self, items: list[ScheduledSequence], budget: int) -> None:
         """Admit waiting sequences, in order, while rows, blocks and budget last."""
@@ -336,7 +341,7 @@ class Scheduler:
 
     @property
     def running(self) -> abc.Iterable[Sequence]:
-        """Sequences that own a row, in the order in which they get tokens."""
+        """Sequences with a row, in the order in which they get tokens."""
         return self._running
 
     @property
@@ -386,9 +391,4 @@ class Scheduler:
         invariants.check_rows(running, self._free_rows, self._limits.max_num_seqs)
         invariants.check_pending(self._in_flight, [*running, *waiting])
         queued = (self._groups.num_queued_reqs, self._groups.num_queued_tokens)
-        invariants.check_groups(self._groups, queued)
-        unfinished = sum(group.num_unfinished for group in self._groups)
-        if unfinished != len(running) + len(waiting):
-            raise AssertionError(
-                f"{unfinished} sequences are unfinished, but {len(running) + len(waiting)} run or wait"
-            )
+        invariants.check_groups(self._groups, queued, len(running) + len(waiting))
