@@ -121,7 +121,11 @@ def measure(args: argparse.Namespace, target_ms: float | None) -> list[Window]:
     )
     streams = Streams(build_engine(config), args.streams, np.random.default_rng(0))
     streams.warm_up(8)
-    return [streams.alone(), *(streams.beside(f"prompt {n + 1}", args.prompt_len) for n in range(args.prompts))]
+    windows = [streams.alone()]
+    for number in range(args.prompts):
+        windows.append(streams.beside(f"prompt {number + 1}", args.prompt_len))
+        print(windows[-1], file=sys.stderr, flush=True)
+    return windows
 
 
 def markdown(windows: Sequence[Window]) -> str:

@@ -316,6 +316,7 @@ def _size(config: EngineConfig, smallest: ModelProgram, params: Params) -> tuple
             state=smallest.state_bytes,
             block=smallest.block_bytes,
             useful_blocks=useful,
+            on_cpu=jax.devices()[0].platform == "cpu",
         )
 
     guess = ledger_for(0)

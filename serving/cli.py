@@ -21,17 +21,19 @@ from serving.backend import (
     EngineFactory,
     ModelConverter,
     ModelEvaluator,
+    ModelPlanner,
     ModelQuantizer,
     convert_model,
     create_client,
     create_engine,
     distill_draft,
     evaluate_model,
+    plan_model,
     quantize_model,
 )
 from serving.bench import latency, throughput
 from serving.bench import serve as bench_serve
-from serving.commands import chat, convert, distill, evaluate, generate, quantize, serve
+from serving.commands import chat, convert, distill, evaluate, generate, plan, quantize, serve
 from serving.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, exit_code
 from serving.version import package_version
 
@@ -48,6 +50,7 @@ def main(
     evaluator: ModelEvaluator = evaluate_model,
     quantizer: ModelQuantizer = quantize_model,
     distiller: DraftDistiller = distill_draft,
+    planner: ModelPlanner = plan_model,
 ) -> int:
     """Run one command.
 
@@ -59,6 +62,7 @@ def main(
         evaluator: does the work of `quire eval`.
         quantizer: does the work of `quire quantize`.
         distiller: does the work of `quire distill-draft`.
+        planner: does the work of `quire plan`.
 
     Returns:
         The exit code.
@@ -66,7 +70,8 @@ def main(
     Raises:
         SystemExit: `--help`, `--version`, or arguments that cannot be parsed (argparse's own ways).
     """
-    args = build_parser(engine_factory, converter, client_factory, evaluator, quantizer, distiller).parse_args(argv)
+    parser = build_parser(engine_factory, converter, client_factory, evaluator, quantizer, distiller, planner)
+    args = parser.parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?", not an error
     try:
@@ -95,6 +100,7 @@ def build_parser(
     evaluator: ModelEvaluator = evaluate_model,
     quantizer: ModelQuantizer = quantize_model,
     distiller: DraftDistiller = distill_draft,
+    planner: ModelPlanner = plan_model,
 ) -> argparse.ArgumentParser:
     """The parser of all commands. `args.run(args)` of what it parses runs the command."""
     parser = argparse.ArgumentParser(
@@ -114,6 +120,7 @@ def build_parser(
     convert.set_up(_command(commands, "convert", convert.SUMMARY), converter)
     evaluate.set_up(_command(commands, "eval", evaluate.SUMMARY), evaluator)
     distill.set_up(_command(commands, "distill-draft", distill.SUMMARY), distiller)
+    plan.set_up(_command(commands, "plan", plan.SUMMARY), planner)
     quantize.set_up(_command(commands, "quantize", quantize.SUMMARY), quantizer)
     return parser
 
