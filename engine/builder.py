@@ -30,6 +30,7 @@ from engine.runtime.threads import pin_workers
 from engine.sampling_params import SamplingParams, sampling_defaults
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.pace import PromptPace
 from engine.scheduling.scheduler import Scheduler
 from engine.snapshot import snapshot
 from engine.speculative.settings import HEADS
@@ -171,7 +172,7 @@ def _build(config: EngineConfig) -> BuiltEngine:
         pin_workers()
     times = StartTimes(resolved - started, loaded_at - resolved, time.monotonic() - loaded_at)
     core = EngineCore(
-        Scheduler(_scheduler_limits(config, limits), BlockPool(ledger.num_blocks)),
+        Scheduler(_scheduler_limits(config, limits), BlockPool(ledger.num_blocks), _pace(config, program)),
         executor,
         OutputProcessor(tokenizer),
         CoreOptions(overlap=config.scheduler.async_scheduling),
@@ -353,6 +354,7 @@ def _size(config: EngineConfig, smallest: ModelProgram, params: Params) -> tuple
             state=smallest.state_bytes,
             block=smallest.block_bytes,
             useful_blocks=useful,
+            on_cpu=jax.devices()[0].platform == "cpu",
         )
 
     guess = ledger_for(0)
@@ -363,6 +365,15 @@ def _size(config: EngineConfig, smallest: ModelProgram, params: Params) -> tuple
     ledger = ledger_for(temporaries)
     require_one_request(ledger, max_model_len=limits.max_model_len, block_size=limits.block_size)
     return ledger, smallest.with_pages(max(2, ledger.num_blocks))
+
+
+def _pace(config: EngineConfig, program: ModelProgram) -> PromptPace | None:
+    target_ms = config.scheduler.itl_target_ms
+    if target_ms is None:
+        return None
+    return PromptPace(
+        target_ms / 1e3, [bucket.num_tokens for bucket in program.buckets.all() if bucket.num_logits == 1]
+    )
 
 
 def _scheduler_limits(config: EngineConfig, limits: RuntimeLimits) -> SchedulerLimits:

@@ -8,6 +8,7 @@ the command line flags.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field, fields, replace
@@ -146,6 +147,9 @@ class SchedulerConfig:
     enable_chunked_prefill: bool = _setting(True, "split long prompts over several steps")
     long_prefill_token_threshold: int = _setting(0, "most prompt tokens of one request per step; 0 = no limit")
     scheduling_policy: str = _setting("fcfs", "order of waiting requests", POLICIES)
+    itl_target_ms: float | None = _setting(
+        None, "milliseconds between two tokens of a stream that long prompts should not exceed: they are split to fit"
+    )
     async_scheduling: bool = _setting(True, "plan one step ahead of the device")
     max_num_queued_reqs: int | None = _setting(None, "most waiting requests; more are refused")
     max_num_queued_tokens: int | None = _setting(None, "most prompt tokens of waiting requests; more are refused")
@@ -161,6 +165,12 @@ class SchedulerConfig:
         _check(
             threshold == 0 or self.enable_chunked_prefill,
             f"long_prefill_token_threshold={threshold} splits prompts, which enable_chunked_prefill=False forbids.",
+        )
+        target = self.itl_target_ms
+        _check(target is None or 0 < target < math.inf, f"itl_target_ms must be a positive number, got {target}.")
+        _check(
+            target is None or self.enable_chunked_prefill,
+            f"itl_target_ms={target} splits prompts, which enable_chunked_prefill=False forbids.",
         )
 
 

@@ -83,8 +83,7 @@ class EngineCore:
         self._num_structured = 0  # live requests that follow a grammar
         self._options = options
         self._records: dict[str, RequestRecord] = {}
-        self._in_flight: deque[InFlightStep] = deque()
-        self._started: deque[float] = deque()  # when each of them was dispatched
+        self._in_flight: deque[tuple[InFlightStep, float]] = deque()  # and when each was dispatched
         self._collected_at = 0.0
         self._touched: dict[str, RequestRecord] = {}
 
@@ -191,8 +190,7 @@ class EngineCore:
             return
         # Before a step with drafts the last one was read, if they are made on the host: what came between is its time.
         drained = step.bucket.num_logits > 1 and not self._in_flight
-        self._started.append(self._collected_at if drained else now)
-        self._in_flight.append(step)
+        self._in_flight.append((step, self._collected_at if drained else now))
         self._dispatched = True
         reading = self.stats.collect_s + self.stats.commit_s - read_before
         dispatch_s = time.perf_counter() - planned - reading
@@ -254,25 +252,25 @@ class EngineCore:
             self._fail(plan, error)
 
     def _collect_oldest(self) -> None:
-        step = self._in_flight[0]
+        step, dispatched = self._in_flight[0]
         started = time.perf_counter()
         try:
             result = self.executor.collect(step)
         except Exception as error:
             self._in_flight.clear()  # later steps built on this one
-            self._started.clear()
             self._fail(step.plan, error)
             return
         self._in_flight.popleft()
         self._failures_in_a_row = 0
         now = time.monotonic()
         self.timeline.on_collected(step.plan.step_id, now)
+        # The device took it up when it was dispatched, or when it was done with the one before.
+        seconds, shape = now - max(dispatched, self._collected_at), step.bucket
+        drafts = shape.num_logits > 1
+        if self.scheduler.pace is not None and not drafts:
+            self.scheduler.pace.observe(shape.num_tokens, seconds)
         if self._speculator is not None:
-            # The device took it up when it was dispatched, or when it was done with the one before.
-            seconds, shape = now - max(self._started[0], self._collected_at), step.bucket
-            drafts = shape.num_logits > 1
             self._speculator.observe_time(shape.num_tokens, shape.num_seqs, seconds, drafts=drafts)
-        self._started.popleft()
         self._collected_at = now
         collected = time.perf_counter()
         self._commit(result)
@@ -306,21 +304,23 @@ class EngineCore:
         if result.plan.has_drafts:
             self.stats.on_drafts(result.plan, result.tokens)
         cut: Sequence | None = None  # ended by a token that was not the last of this step
+        now, records, stats, touched = time.monotonic(), self._records, self.stats, self._touched
         for committed in self.scheduler.commit(result.plan, result.tokens):
             sequence = committed.sequence
             if sequence is cut:
                 continue
-            record = self._records[sequence.request.request_id]
+            request_id = sequence.request.request_id
+            record = records[request_id]
             if sequence.first_token_ts is None:
-                self.stats.on_first_token(sequence)
-            self.stats.generation_tokens += 1
-            stamp(sequence)
+                stats.on_first_token(sequence)
+            stats.generation_tokens += 1
+            stamp(sequence, now)
             if sequence.output_logprobs is not None:
                 row = committed.item * result.num_logits + committed.place
                 add_logprobs(sequence, committed.token_id, row, result, self.outputs.describe)
             if self._ends(record, committed):
                 cut = sequence
-            self._touch(record)
+            touched[request_id] = record
         if self._speculator is not None:
             self._note_tokens(self._speculator, result)
 
@@ -333,9 +333,9 @@ class EngineCore:
 
     def _ends(self, record: RequestRecord, committed: CommittedToken) -> bool:
         """Feed a token that was just committed to text and grammar; ends the sequence if they say so."""
-        sequence, token, matcher = committed.sequence, committed.token_id, committed.sequence.matcher
-        reason = sequence.finish_reason if committed.ends else None
-        stop = self.outputs.push(record, sequence, token, committed.ends, reason is FinishReason.STOP)
+        sequence, token, _, _, _, ends = committed
+        matcher, reason = sequence.matcher, sequence.finish_reason if ends else None
+        stop = self.outputs.push(record, sequence, token, ends, reason is FinishReason.STOP)
         if stop is not None:
             self.scheduler.finish(sequence, FinishReason.STOP, stop, committed.num_outputs)
         elif matcher is None or reason not in (None, FinishReason.LENGTH):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -12,7 +11,7 @@ import numpy as np
 from engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from engine.pooling import finish_pooling
 from engine.requests.request import Request
-from engine.requests.sequence import FinishReason, Sequence
+from engine.requests.sequence import FinishReason, Sequence, SequenceStatus
 from engine.sampling_params import RequestOutputKind
 from engine.text.output_text import OutputText
 from engine.text.tokenizer import Tokenizer
@@ -20,12 +19,11 @@ from engine.text.tokenizer import Tokenizer
 
 @dataclass
 class _Completion:
-    """One of the n completions: its sequence, its text, and how much of both the user has seen."""
+    """One of the n completions: its sequence, its text, and how many of its tokens the user has seen."""
 
     sequence: Sequence
     text: OutputText | None
     seen_tokens: int = 0
-    seen_text: int = 0
 
 
 @dataclass
@@ -54,7 +52,10 @@ class RequestRecord:
     @property
     def finished(self) -> bool:
         """True once every completion ended."""
-        return all(c.sequence.finished for c in self.completions)
+        completions = self.completions
+        if len(completions) == 1:
+            return completions[0].sequence.status is SequenceStatus.FINISHED
+        return all(c.sequence.finished for c in completions)
 
 
 class OutputProcessor:
@@ -97,51 +98,55 @@ class OutputProcessor:
         text = record.completions[sequence.index].text
         if text is None:
             return None
-        text.push([token], finished=ends, stop_token=is_stop_token)
+        if ends:
+            text.push([token], finished=True, stop_token=is_stop_token)
+        else:
+            text.add(token)
         return text.stop_match
 
     def output(self, record: RequestRecord) -> RequestOutput | None:
         """The output to show now, or None if this request's kind has nothing to show yet. Shows the end exactly
         once.
         """
-        kind = record.request.params.output_kind
-        finished = record.finished
+        request = record.request
+        kind, finished = request.params.output_kind, record.finished
         if record.reported or (kind is RequestOutputKind.FINAL_ONLY and not finished):
             return None
         record.reported = finished
         first = record.completions[0].sequence
         return RequestOutput(
-            request_id=record.request.request_id,
-            prompt=record.request.prompt,
-            prompt_token_ids=record.request.prompt_token_ids,
-            outputs=[self._completion(c, kind) for c in record.completions],
-            finished=finished,
-            prompt_logprobs=first.prompt_logprobs,
-            num_cached_tokens=first.num_cached_tokens,
-            metrics=_metrics(record),
-            error=record.error,
-            embedding=_embedding(record),
+            request.request_id,
+            request.prompt,
+            request.prompt_token_ids,
+            [self._completion(c, kind) for c in record.completions],
+            finished,
+            first.prompt_logprobs,
+            first.num_cached_tokens,
+            _metrics(record),
+            record.error,
+            None if request.pooling is None else _embedding(record),
         )
 
     def _completion(self, completion: _Completion, kind: RequestOutputKind) -> CompletionOutput:
         sequence, text = completion.sequence, completion.text
-        if text is not None and sequence.finished:
+        reason = sequence.finish_reason
+        if text is not None and reason is not None:
             text.push([], finished=True)  # an abort comes without a last token: what was held back comes out now
-        tokens, shown = sequence.output_token_ids, "" if text is None else text.text
-        logprobs = sequence.output_logprobs
+        tokens, logprobs = sequence.output_token_ids, sequence.output_logprobs
         if kind is RequestOutputKind.DELTA:
-            new_tokens, new_text = tokens[completion.seen_tokens :], shown[completion.seen_text :]
-            logprobs = None if logprobs is None else logprobs[completion.seen_tokens :]
-            completion.seen_tokens, completion.seen_text = len(tokens), len(shown)
-            tokens, shown = new_tokens, new_text
+            seen, completion.seen_tokens = completion.seen_tokens, len(tokens)
+            shown, tokens = "" if text is None else text.take(), tokens[seen:]
+            logprobs = None if logprobs is None else logprobs[seen:]
+        else:
+            shown = "" if text is None else text.text
         return CompletionOutput(
-            index=sequence.index,
-            text=shown,
-            token_ids=tuple(tokens),
-            cumulative_logprob=None if logprobs is None else sequence.cumulative_logprob,
-            logprobs=None if logprobs is None else list(logprobs),
-            finish_reason=None if sequence.finish_reason is None else str(sequence.finish_reason),
-            stop_reason=sequence.stop_reason,
+            sequence.index,
+            shown,
+            tuple(tokens),
+            None if logprobs is None else sequence.cumulative_logprob,
+            None if logprobs is None else list(logprobs),
+            None if reason is None else str(reason),
+            sequence.stop_reason,
         )
 
     def describe(self, token_ids: list[int], logprobs: list[float], ranks: list[int]) -> TokenLogprobs:
@@ -201,9 +206,8 @@ def _draft_counts(sequences: Iterable[Sequence]) -> tuple[int, int, int, tuple[i
     return sum(runs), drafted, accepted, accepted_per_pos
 
 
-def stamp(sequence: Sequence) -> None:
+def stamp(sequence: Sequence, now: float) -> None:
     """Note the time of a token that was just committed."""
-    now = time.monotonic()
     if sequence.first_token_ts is None:
         sequence.first_token_ts = now
     sequence.last_token_ts = now

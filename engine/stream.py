@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field, replace
 
+from msgspec import structs
+
 from engine.client import EngineInfo
 from engine.errors import InvalidRequestError, RequestFailedError
 from engine.input_processor import InputProcessor, Prompt
@@ -142,7 +144,7 @@ class OutputStream:
         totals = [total.total() for _, total in sorted(self._sums.items())]
         if not self._cumulative:
             self._sums = None
-        return replace(output, outputs=totals)
+        return structs.replace(output, outputs=totals)
 
     def _add(self, output: RequestOutput | None) -> None:
         assert self._sums is not None

@@ -13,6 +13,7 @@ from engine.config import EngineConfig
 from engine.distilling import DistillReport
 from engine.evaluation import EvaluationReport
 from engine.outputs import RequestOutput
+from engine.planning.report import CapacityPlan
 from engine.quantizing import QuantizationReport, Settings
 from engine.replay.report import ReplayReport
 from engine.runtime.progress import Report
@@ -92,6 +93,8 @@ ModelConverter = Callable[[EngineConfig, Path, Report], None]
 ModelEvaluator = Callable[[EngineConfig, EngineConfig | None, str | None, int, Report], EvaluationReport]
 # Finds layers with which a model can draft for itself: (model, text, tokens of it, progress) -> report.
 DraftDistiller = Callable[[EngineConfig, str | None, int, Report], DistillReport]
+# Plans an engine: (config, device, bytes of its memory, lengths of sequences, progress) -> plan.
+ModelPlanner = Callable[[EngineConfig, str, int | None, list[int] | None, Report], CapacityPlan]
 # Writes a quantized checkpoint: (model, out, settings, calibration text, whether to measure it, progress) -> report.
 ModelQuantizer = Callable[[EngineConfig, Path, Settings, str | None, bool, Report], QuantizationReport]
 # Does again what a recording says, with some settings changed: (recording, changes) -> report.
@@ -144,6 +147,16 @@ def evaluate_model(
     from engine.evaluate import evaluate_model as evaluate
 
     return evaluate(config, reference, text, window, progress)
+
+
+def plan_model(
+    config: EngineConfig, device: str, memory: int | None, lengths: list[int] | None, progress: Report
+) -> CapacityPlan:
+    """Plan an engine of the model of `config`: what fits, and the least time of its steps."""
+    # Imported late on purpose, as in `create_engine`.
+    from engine.planning.plan import make_plan
+
+    return make_plan(config, device, memory, lengths, progress)
 
 
 def distill_draft(config: EngineConfig, text: str | None, num_tokens: int, progress: Report) -> DistillReport:

@@ -21,6 +21,7 @@ from serving.backend import (
     EngineFactory,
     ModelConverter,
     ModelEvaluator,
+    ModelPlanner,
     ModelQuantizer,
     RecordingPlayer,
     convert_model,
@@ -28,12 +29,13 @@ from serving.backend import (
     create_engine,
     distill_draft,
     evaluate_model,
+    plan_model,
     quantize_model,
     replay_recording,
 )
 from serving.bench import latency, throughput
 from serving.bench import serve as bench_serve
-from serving.commands import chat, convert, distill, evaluate, generate, quantize, replay, serve
+from serving.commands import chat, convert, distill, evaluate, generate, plan, quantize, replay, serve
 from serving.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, exit_code
 from serving.version import package_version
 
@@ -50,6 +52,7 @@ def main(
     evaluator: ModelEvaluator = evaluate_model,
     quantizer: ModelQuantizer = quantize_model,
     distiller: DraftDistiller = distill_draft,
+    planner: ModelPlanner = plan_model,
     player: RecordingPlayer = replay_recording,
 ) -> int:
     """Run one command.
@@ -62,6 +65,7 @@ def main(
         evaluator: does the work of `quire eval`.
         quantizer: does the work of `quire quantize`.
         distiller: does the work of `quire distill-draft`.
+        planner: does the work of `quire plan`.
         player: does the work of `quire replay`.
 
     Returns:
@@ -70,7 +74,9 @@ def main(
     Raises:
         SystemExit: `--help`, `--version`, or arguments that cannot be parsed (argparse's own ways).
     """
-    parser = build_parser(engine_factory, converter, client_factory, evaluator, quantizer, distiller, player)
+    parser = build_parser(
+        engine_factory, converter, client_factory, evaluator, quantizer, distiller, planner, player
+    )
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?", not an error
@@ -100,6 +106,7 @@ def build_parser(
     evaluator: ModelEvaluator = evaluate_model,
     quantizer: ModelQuantizer = quantize_model,
     distiller: DraftDistiller = distill_draft,
+    planner: ModelPlanner = plan_model,
     player: RecordingPlayer = replay_recording,
 ) -> argparse.ArgumentParser:
     """The parser of all commands. `args.run(args)` of what it parses runs the command."""
@@ -120,6 +127,7 @@ def build_parser(
     convert.set_up(_command(commands, "convert", convert.SUMMARY), converter)
     evaluate.set_up(_command(commands, "eval", evaluate.SUMMARY), evaluator)
     distill.set_up(_command(commands, "distill-draft", distill.SUMMARY), distiller)
+    plan.set_up(_command(commands, "plan", plan.SUMMARY), planner)
     quantize.set_up(_command(commands, "quantize", quantize.SUMMARY), quantizer)
     replay.set_up(_command(commands, "replay", replay.SUMMARY), player)
     return parser

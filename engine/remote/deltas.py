@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from engine.remote.wire import Completion, Output, Position, Step, error_to_wire
 from engine.requests.request import Request
 from engine.stream import OutputStream
 
-_METRICS = tuple(field.name for field in fields(RequestMetrics))
+_METRICS = RequestMetrics.__struct_fields__
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ died, and nobody is left to tell.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -208,6 +209,10 @@ def main() -> int:
     thread.start()
     try:
         built = build_engine(EngineConfig.from_flat(**start.settings))
+        # What was built lives as long as the process. Looking through it for garbage would stop every stream for as
+        # long as several steps take.
+        gc.collect()
+        gc.freeze()
         reader.service = service = Service(built, sender)
         sender.send(Ready(to_plain(built.info()), None if built.tokenizer_path is None else str(built.tokenizer_path)))
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from engine.pooling import PoolingParams
 from engine.sampling_params import SamplingParams
@@ -39,12 +40,14 @@ class Request:
     arrival_time: float
     pooling: PoolingParams | None = None
 
-    @property
+    # Cached: each is asked for several times per token.
+
+    @cached_property
     def num_prompt_tokens(self) -> int:
         """Length of the prompt in tokens."""
         return len(self.prompt_token_ids)
 
-    @property
+    @cached_property
     def max_tokens(self) -> int:
         """Most tokens each completion may have."""
         assert self.params.max_tokens is not None, "the input processor caps max_tokens"

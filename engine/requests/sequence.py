@@ -48,6 +48,7 @@ class Sequence:
         request: what was asked.
         index: which of the n.
         arrival: a counter that the scheduler gives; breaks ties in every order.
+        most_known: known tokens at which it wants no more; the scheduler sets it.
         status: where it stands.
         num_computed: tokens whose KV is in the cache once all dispatched steps have run.
         num_pending: outputs sampled by dispatched steps that the host has not read yet (0 or 1 with overlap, and as
@@ -71,6 +72,7 @@ class Sequence:
     request: Request
     index: int = 0
     arrival: int = 0
+    most_known: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
     num_pending: int = 0
@@ -110,7 +112,7 @@ class Sequence:
     @property
     def num_known(self) -> int:
         """Tokens that exist, on the host or (pending) on the device."""
-        return self.num_prompt_tokens + self.num_outputs
+        return self.request.num_prompt_tokens + len(self.output_token_ids) + self.num_pending
 
     @property
     def num_uncomputed(self) -> int:

@@ -31,7 +31,8 @@ from engine.runtime.sampling import (
     padding_params,
     reset_row,
 )
-from engine.runtime.sampling.inputs import WIDTH, Column
+from engine.runtime.sampling import pack_step as pack_sampling
+from engine.runtime.sampling.inputs import WIDTH
 from engine.runtime.step import PROMPT_LOGPROB_ROWS
 from engine.scheduling.plan import ScheduledSequence, StepPlan
 from models.functional import Params
@@ -150,7 +151,10 @@ class Executor:
         self._run = executables
         self._row_params = np.zeros((program.limits.max_num_seqs + 1, WIDTH), np.int32)  # per row of the device state
         self._row_params[-1] = padding_params()
+        self._unusual_rows: set[int] = set()  # of sequences that are pooled, or whose prompt is scored
         self._drafter = program.drafter
+        self._buckets = program.buckets
+        self._layouts = {bucket: program.layout(bucket) for bucket in self._buckets.all()}
         self._forward_state, self._sample_state = program.make_state()
         self._draft_state = program.make_draft_state()
 
@@ -169,8 +173,8 @@ class Executor:
 
     def forward(self, plan: StepPlan) -> StartedStep:
         """Start the forward pass of one step and return at once. `sample` must follow before the next step's."""
-        bucket = self.program.buckets.choose(plan.num_tokens, len(plan.items), plan.has_drafts)
-        layout = self.program.layout(bucket)
+        bucket = self._buckets.choose(plan.num_tokens, len(plan.items), plan.has_drafts)
+        layout = self._layouts[bucket]
         for item in plan.items:
             if item.starts_row:
                 self._start_row(item)
@@ -178,7 +182,7 @@ class Executor:
         updates, overflow = updates[: layout.num_updates], updates[layout.num_updates :]
         for start in range(0, len(overflow), TABLE_UPDATES):
             self._update_tables(overflow[start : start + TABLE_UPDATES])
-        sampling_rows = self._sampling_rows(plan, bucket.num_seqs)
+        sampling_rows = pack_sampling(self._row_params, self._sampling_rows(plan, bucket.num_seqs))
         packed = pack_step(plan, layout, updates, sampling_rows)
         variant = choose_variant(sampling_rows)
         if self._drafter is not None:
@@ -192,7 +196,7 @@ class Executor:
         assert self._drafter is not None
         program = self.program
         tables, known = self._forward_state.block_tables, self._sample_state.rows
-        device = DeviceView(tables, known, program.buckets, program.layout, self._run.of_drafter)
+        device = DeviceView(tables, known, self._buckets, program.layout, self._run.of_drafter)
         self._draft_state = self._drafter.prepare(plan, self._draft_state, device)
 
     def _forward(self, plan: StepPlan, bucket: Bucket, variant: SamplerVariant, packed: np.ndarray) -> StartedStep:
@@ -229,24 +233,23 @@ class Executor:
         else:
             sample = self._run.sample(started.bucket.num_seqs, started.variant)
         sampled, self._sample_state = sample(logits, started.sampling, self._sample_state)
-        step = InFlightStep(
-            plan,
-            sampled,
-            logits
-            if any(i.samples and needs_full_logprobs(i.sequence.request.params.logprobs) for i in plan.items)
-            else None,
-            hidden if any(i.sequence.prompt_logprobs is not None for i in plan.items) else None,
-            started.bucket,
-            pool_step(plan, hidden, self._run.pool(started.bucket.num_tokens)),
+        asked = started.variant is SamplerVariant.FULL and any(
+            i.samples and needs_full_logprobs(i.sequence.request.params.logprobs) for i in plan.items
         )
-        jax.tree.map(lambda array: array.copy_to_host_async(), step.sampled)
-        return step
+        scores, pooled = False, ()
+        if self._unusual_rows:
+            scores = any(i.sequence.prompt_logprobs is not None for i in plan.items)
+            pooled = pool_step(plan, hidden, self._run.pool(started.bucket.num_tokens))
+        for array in jax.tree.leaves(sampled):
+            array.copy_to_host_async()
+        return InFlightStep(
+            plan, sampled, logits if asked else None, hidden if scores else None, started.bucket, pooled
+        )
 
     def run_empty(self, bucket: Bucket) -> SampledTokens:
         """Run a step of padding, which changes nothing that is ever read: to learn how long it takes."""
-        layout, variant = self.program.layout(bucket), SamplerVariant.GREEDY
-        sampling = self._row_params[np.full(bucket.num_seqs, self.program.limits.max_num_seqs)]
-        sampling[:, Column.ROW] = self.program.limits.max_num_seqs
+        layout, variant = self._layouts[bucket], SamplerVariant.GREEDY
+        sampling = pack_sampling(self._row_params, np.full(bucket.num_seqs, self.program.limits.max_num_seqs, np.int32))
         packed = pack_step(StepPlan(-1, ()), layout, (), sampling)
         # Each sequence as long as the shape allows, so that all rows are computed.
         rows = bucket.num_tokens // bucket.num_seqs
@@ -286,20 +289,22 @@ class Executor:
         """A sequence takes over a row: keep its parameters, and tell the sampler's state what it needs to know."""
         sequence = item.sequence
         self._row_params[item.row] = pack_params(sequence.request, sequence.index)
+        if sequence.request.pooling is not None or sequence.prompt_logprobs is not None:
+            self._unusual_rows.add(item.row)
+        else:
+            self._unusual_rows.discard(item.row)
         if needs_state(sequence.request):
             sampler = reset_row(self._sample_state.sampler, item.row, sequence.request, sequence.output_token_ids)
             self._sample_state = SampleState(self._sample_state.rows, sampler)
 
     def _sampling_rows(self, plan: StepPlan, num_seqs: int) -> np.ndarray:
-        """int32[S, W]; sequences that do not sample (a chunk, or only pooled), and padding, carry the padding row."""
+        """int32[S]; sequences that do not sample (a chunk, or only pooled), and padding, have the padding row."""
         padding = self.program.limits.max_num_seqs
         rows = np.full(num_seqs, padding, np.int32)
         rows[: len(plan.items)] = [
             item.row if item.samples and item.sequence.request.pooling is None else padding for item in plan.items
         ]
-        block = self._row_params[rows]
-        block[:, Column.ROW] = rows
-        return block
+        return rows
 
     def _score_prompts(self, plan: StepPlan, hidden: np.ndarray) -> Iterator[PromptScore]:
         """Score the prompt tokens whose predecessors a step computed, for requests that ask for prompt_logprobs."""

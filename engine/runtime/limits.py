@@ -44,7 +44,7 @@ class RuntimeLimits:
 
 
 def resolve_limits(
-    config: EngineConfig, model: ModelConfig, dtype: str, kv_cache_dtype: str | None = None
+    config: EngineConfig, model: ModelConfig, dtype: str, kv_cache_dtype: str | None = None, on_cpu: bool | None = None
 ) -> RuntimeLimits:
     """Fill in what the user left open.
 
@@ -53,11 +53,12 @@ def resolve_limits(
         model: the decoder.
         dtype: of activations.
         kv_cache_dtype: what the checkpoint wants where the user says "auto"; None = `dtype`.
+        on_cpu: whether the defaults are those of a CPU; None = as this process's device is.
 
     Raises:
         ConfigError: the settings contradict the model or each other.
     """
-    on_cpu = jax.devices()[0].platform == "cpu"
+    on_cpu = jax.devices()[0].platform == "cpu" if on_cpu is None else on_cpu
     longest = model.max_position_embeddings
     length = config.load.max_model_len or longest
     if length > longest:

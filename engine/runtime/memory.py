@@ -77,13 +77,22 @@ def gpu_memory_limit(allocator_bytes: int, utilization: float, reserved: float) 
 
 
 def plan_blocks(
-    config: CacheConfig, *, limit: int, weights: int, temporaries: int, state: int, block: int, useful_blocks: int
+    config: CacheConfig,
+    *,
+    limit: int,
+    weights: int,
+    temporaries: int,
+    state: int,
+    block: int,
+    useful_blocks: int,
+    on_cpu: bool,
 ) -> MemoryLedger:
     """How many blocks to allocate.
 
     Args:
         useful_blocks: more than this could never be used (all rows at the longest length), so a small model takes no
             more.
+        on_cpu: a host's memory is shared with others: the cache takes a part of it.
         (others): as in `MemoryLedger`.
     """
     if config.num_gpu_blocks_override is not None:
@@ -92,7 +101,7 @@ def plan_blocks(
         room = config.kv_cache_memory_bytes
         if room is None:
             room = limit - weights - temporaries - state
-            if jax.devices()[0].platform == "cpu":
+            if on_cpu:
                 room = min(room, CPU_KV_BYTES, int(limit * CPU_MEMORY_FRACTION))
         blocks = max(0, min(room // block, useful_blocks + 1))
     return MemoryLedger(limit, weights, temporaries, state, block, blocks)

@@ -14,6 +14,7 @@ device made itself. A context length below 0 means that the device alone knows h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,8 +53,8 @@ class StepLayout:
         return self.bucket.num_tokens // self.page_size + self.bucket.num_seqs
 
     @cached_property
-    def fields(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """name -> (offset, shape)."""
+    def fields(self) -> dict[str, tuple[slice, tuple[int, ...]]]:
+        """name -> (place, shape)."""
         tokens, seqs = self.bucket.num_tokens, self.bucket.num_seqs
         shapes = {
             "num_seqs": (1,),
@@ -68,22 +69,23 @@ class StepLayout:
             shapes["num_drafts"] = (seqs,)
         offset, fields = 0, {}
         for name, shape in shapes.items():
-            fields[name] = (offset, shape)
-            offset += int(np.prod(shape))
+            stop = offset + math.prod(shape)
+            fields[name] = (slice(offset, stop), shape)
+            offset = stop
         return fields
 
     @cached_property
     def size(self) -> int:
         """Length of the packed array, in int32 words."""
-        return max(offset + int(np.prod(shape)) for offset, shape in self.fields.values())
+        return max(place.stop for place, _ in self.fields.values())
 
     def views(self, packed: np.ndarray) -> dict[str, np.ndarray]:
         """Writable views of each field."""
-        return {name: packed[o : o + int(np.prod(shape))].reshape(shape) for name, (o, shape) in self.fields.items()}
+        return {name: packed[place].reshape(shape) for name, (place, shape) in self.fields.items()}
 
     def unpack(self, packed: jax.Array) -> dict[str, jax.Array]:
         """The same on the device; call inside jit."""
-        return {name: packed[o : o + int(np.prod(shape))].reshape(shape) for name, (o, shape) in self.fields.items()}
+        return {name: packed[place].reshape(shape) for name, (place, shape) in self.fields.items()}
 
 
 @jax.tree_util.register_dataclass
@@ -159,10 +161,11 @@ def token_rows(
 
 def block_updates(items: Iterable[ScheduledSequence]) -> list[tuple[int, int, int]]:
     """(row, index, block) of every block table entry that the device does not know yet."""
-    updates = []
+    updates: list[tuple[int, int, int]] = []
     for item in items:
-        table = item.sequence.block_table
-        updates += [(item.row, index, table[index]) for index in range(item.first_new_block, len(table))]
+        table, first = item.sequence.block_table, item.first_new_block
+        if first < len(table):  # a decoding sequence opens a block in few of its steps
+            updates += [(item.row, index, table[index]) for index in range(first, len(table))]
     return updates
 
 
@@ -178,29 +181,39 @@ def pack_step(
         sampling: int32[S, W], sampling parameters, padding included; the device fills in the positions.
     """
     packed = np.zeros(layout.size, np.int32)
-    views = layout.views(packed)
-    count = len(plan.items)
+    views, items = layout.views(packed), plan.items
+    count = len(items)
     views["num_seqs"][0] = count
-    lengths, offset, tokens = [], 0, views["tokens"]
-    for item in plan.items:
-        stop = offset + item.num_tokens
-        tokens[offset:stop] = (
-            *item.sequence.token_ids(item.start, item.start + item.num_tokens - len(item.drafts)),
-            *item.drafts,
-        )
-        lengths.append(item.num_tokens)
-        offset = stop
-    views["query_start"][1 : count + 1] = np.cumsum(lengths)
-    views["query_start"][count + 1 :] = offset
-    views["context_lens"][:count] = [
-        -1 - len(item.drafts) if item.is_relative else item.start + item.num_tokens for item in plan.items
-    ]
+    starts = np.array([item.start for item in items], np.int32)
+    lengths = np.array([item.num_tokens for item in items], np.int32)
+    tokens = _tokens(items)
+    views["tokens"][: len(tokens)] = tokens
+    np.cumsum(lengths, out=views["query_start"][1 : count + 1])
+    views["query_start"][count + 1 :] = len(tokens)
+    views["context_lens"][:count] = starts + lengths
     if layout.bucket.num_logits > 1:
-        views["num_drafts"][:count] = [len(item.drafts) for item in plan.items]
+        views["num_drafts"][:count] = [len(item.drafts) for item in items]
+    for index, item in enumerate(items):
+        if item.is_relative:
+            views["context_lens"][index] = -1 - len(item.drafts)
     views["rows"][:] = layout.num_rows
-    views["rows"][:count] = [item.row for item in plan.items]
+    views["rows"][:count] = [item.row for item in items]
     views["sampling"][:] = sampling
     views["updates"][:, 0] = layout.num_rows
     if updates:
         views["updates"][: len(updates)] = updates
     return packed
+
+
+def _tokens(items: Iterable[ScheduledSequence]) -> list[int]:
+    """The tokens of all items, one after another."""
+    tokens: list[int] = []
+    for sequence, _, start, num_tokens, _, _, _, drafts, _ in items:
+        place = start - sequence.request.num_prompt_tokens
+        if num_tokens == 1 and place >= 0:  # nearly all of them decode: one list for each would be most of the work
+            outputs = sequence.output_token_ids
+            tokens.append(outputs[place] if place < len(outputs) else FROM_DEVICE)
+            continue
+        tokens += sequence.token_ids(start, start + num_tokens - len(drafts))
+        tokens += drafts
+    return tokens

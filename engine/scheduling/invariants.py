@@ -84,13 +84,14 @@ def check_pending(in_flight: Iterable[StepPlan], live: Iterable[Sequence]) -> No
         _require(pending == expected, sequence, f"{pending} pending tokens, {expected} in flight")
 
 
-def check_groups(groups: Iterable[RequestGroup], queued: tuple[int, int]) -> None:
-    """Counters of the groups agree with their sequences, and those of the queue (requests, tokens) with the groups.
+def check_groups(groups: Iterable[RequestGroup], queued: tuple[int, int], num_alive: int) -> None:
+    """Counters of the groups agree with their sequences, of which so many run or wait, and those of the queue
+    (requests, tokens) with the groups.
 
     Raises:
         AssertionError: with what is wrong.
     """
-    num_reqs = num_tokens = 0
+    num_reqs = num_tokens = num_unfinished = 0
     for group in groups:
         name, unfinished = group.request.request_id, sum(not sequence.finished for sequence in group.sequences)
         if not 0 < unfinished == group.num_unfinished:
@@ -98,7 +99,10 @@ def check_groups(groups: Iterable[RequestGroup], queued: tuple[int, int]) -> Non
         admitted = any(s.status in (SequenceStatus.RUNNING, SequenceStatus.PREEMPTED) for s in group.sequences)
         if group.queued and admitted:
             raise AssertionError(f"request {name!r} is queued, but was admitted")
+        num_unfinished += unfinished
         num_reqs += group.queued
         num_tokens += group.queued * group.request.num_prompt_tokens
+    if num_unfinished != num_alive:
+        raise AssertionError(f"{num_unfinished} sequences are unfinished, but {num_alive} run or wait")
     if queued != (num_reqs, num_tokens):
         raise AssertionError(f"{queued} requests and tokens counted as queued, but it is {(num_reqs, num_tokens)}")

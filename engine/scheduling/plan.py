@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from engine.requests.sequence import Sequence
@@ -55,15 +56,17 @@ class StepPlan:
     items: tuple[ScheduledSequence, ...]
     preempted: tuple[Sequence, ...] = ()
 
-    @property
+    # Cached: several ask, and each answer is a walk over all items.
+
+    @cached_property
     def num_tokens(self) -> int:
         """Tokens computed in the step."""
-        return sum(item.num_tokens for item in self.items)
+        return sum([item.num_tokens for item in self.items])
 
-    @property
+    @cached_property
     def has_drafts(self) -> bool:
         """Whether any sequence has drafts in the step."""
-        return any(item.drafts for item in self.items)
+        return any([item.drafts for item in self.items])
 
     @property
     def num_sampled(self) -> int:

@@ -12,6 +12,7 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.drafts import settle_drafts, take_drafts
 from engine.scheduling.groups import RequestGroups
 from engine.scheduling.limits import SchedulerLimits
+from engine.scheduling.pace import NO_LIMIT, PromptPace
 from engine.scheduling.plan import ScheduledSequence, StepPlan
 from engine.scheduling.policy import ORDER_KEYS, SequenceQueue
 from engine.scheduling.results import CommittedToken, SchedulerStats
@@ -27,11 +28,12 @@ class Scheduler:
     block tables from a plan does so before the next call of the scheduler. Not thread-safe: one thread owns it.
 
     A sequence ends with reason "length" at `max_len` tokens: `max_model_len`, or what the whole pool can compute if
-    that is less.
+    that is less. `pace` holds prompts back while streams decode, if it is given.
     """
 
-    def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool, pace: PromptPace | None = None) -> None:
         self._limits = limits
+        self.pace = pace
         self._allocator = KVAllocator(pool, limits.block_size)
         # The last token of a sequence needs no room: nothing is sampled after it.
         self.max_len = min(limits.max_model_len, self._allocator.capacity_tokens + 1)
@@ -58,6 +60,9 @@ class Scheduler:
         for sequence in sequences:
             sequence.arrival = self._num_arrivals
             self._num_arrivals += 1
+            sequence.most_known = sequence.num_prompt_tokens + sequence.request.max_tokens
+            if sequence.request.pooling is None:  # a pooled prompt may be as long as a sequence can be: nothing follows
+                sequence.most_known = min(sequence.most_known, self.max_len)
             self._waiting.add(sequence)
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -96,7 +101,8 @@ class Scheduler:
         """What the next step computes; None if there is nothing, or nothing before a plan in flight is committed."""
         items: list[ScheduledSequence] = []
         preempted: list[Sequence] = []
-        budget = self._plan_running(items, preempted)
+        most = NO_LIMIT if self.pace is None else self.pace.allow(self._running, self.may_admit)
+        budget = self._plan_running(items, preempted, most)
         # While running sequences lose blocks, newcomers would only take more. Steps that verify drafts have a shape of
         # their own, without room for a prompt.
         if budget > 0 and self._waiting and self._free_rows and not preempted and not any(i.drafts for i in items):
@@ -108,17 +114,23 @@ class Scheduler:
         self._in_flight.append(plan)
         return plan
 
-    def _plan_running(self, items: list[ScheduledSequence], preempted: list[Sequence]) -> int:
-        """Give tokens to running sequences, in order, preempting from the end. Returns what is left of the budget."""
+    def _plan_running(self, items: list[ScheduledSequence], preempted: list[Sequence], prompt_tokens: int) -> int:
+        """Give tokens to running sequences, in order, preempting from the end. Returns what is left for newcomers."""
         running, grow, block_size = self._running, self._allocator.grow, self._limits.block_size
         budget, most = self._limits.max_num_batched_tokens, self._limits.max_tokens_per_seq
         for sequence in running:  # its end may be preempted meanwhile, which a list's iterator allows
             if budget == 0:
                 break
-            if not self._wants_tokens(sequence):
+            stop = sequence.num_known
+            if stop >= sequence.most_known:
                 continue
-            num_tokens = min(sequence.num_uncomputed, most, budget)
-            stop = sequence.num_computed + num_tokens
+            num_tokens, samples = stop - sequence.num_computed, True
+            if num_tokens > 1:
+                whole, num_tokens = num_tokens, min(num_tokens, most, budget, prompt_tokens)
+                if num_tokens == 0:
+                    continue
+                samples, stop = num_tokens == whole, sequence.num_computed + num_tokens
+                prompt_tokens -= num_tokens
             while stop > len(sequence.block_table) * block_size and not grow(sequence, stop):
                 # The last one is never before this one, so it is not in this plan yet; at worst it is this one.
                 victim = running[-1]
@@ -129,15 +141,14 @@ class Scheduler:
             drafts = ()
             if sequence.draft_token_ids:
                 drafts = take_drafts(sequence, num_tokens, budget - num_tokens, self.max_len, self._allocator)
-            item = self._give(sequence, num_tokens, starts_row=False, drafts=drafts)
-            items.append(item)
-            budget -= item.num_tokens
-        return budget
+            items.append(self._give(sequence, num_tokens, samples, False, drafts))
+            budget -= num_tokens + len(drafts)
+        return min(budget, prompt_tokens)
 
     def _plan_waiting(self, items: list[ScheduledSequence], budget: int) -> None:
         """Admit waiting sequences, in order, while rows, blocks and budget last."""
         waiting = self._waiting
-        num_promised = sum(self._allocator.num_missing(s) for s in self._running if self._wants_tokens(s))
+        num_promised = sum(self._allocator.num_missing(s) for s in self._running if s.num_known < s.most_known)
         index = 0
         while index < len(waiting) and budget > 0 and self._free_rows:
             sequence = waiting[index]
@@ -176,35 +187,30 @@ class Scheduler:
         self._groups.note_admitted(group)
         sequence.status = SequenceStatus.RUNNING
         sequence.row = self._free_rows.pop()
-        return self._give(sequence, num_tokens, starts_row=True)
+        return self._give(sequence, num_tokens, num_tokens == sequence.num_uncomputed, True, ())
 
     def _give(
-        self, sequence: Sequence, num_tokens: int, starts_row: bool, drafts: tuple[int, ...] = ()
+        self, sequence: Sequence, num_tokens: int, samples: bool, starts_row: bool, drafts: tuple[int, ...]
     ) -> ScheduledSequence:
         """Count known tokens and drafts as computed; the blocks for them are there."""
-        assert sequence.row is not None, "only running sequences get tokens"
-        start, num_sent_blocks, is_relative = sequence.num_computed, sequence.num_sent_blocks, False
-        samples = num_tokens == sequence.num_uncomputed
-        num_tokens += len(drafts)
+        row, start, num_sent_blocks, is_relative = sequence.row, sequence.num_computed, sequence.num_sent_blocks, False
+        assert row is not None, "only running sequences get tokens"
         if drafts or sequence.num_pending_drafts:
+            num_tokens += len(drafts)
             is_relative = sequence.num_pending_drafts > 0
             sequence.num_pending_drafts += len(drafts)
-        sequence.num_computed = start + num_tokens
-        sequence.num_pending += samples and 1 + len(drafts)
+        sequence.num_computed = stop = start + num_tokens
+        if samples:
+            sequence.num_pending += 1 + len(drafts)
         sequence.num_sent_blocks = len(sequence.block_table)
-        self._register_fixed(sequence)
+        if stop // self._limits.block_size > sequence.num_cached_blocks:  # not so in all but a few of the steps
+            self._register_fixed(sequence)
         return ScheduledSequence(
-            sequence, sequence.row, start, num_tokens, samples, num_sent_blocks, starts_row, drafts, is_relative
+            sequence, row, start, num_tokens, samples, num_sent_blocks, starts_row, drafts, is_relative
         )
 
-    def _wants_tokens(self, sequence: Sequence) -> bool:
-        # A pooled prompt may be as long as a sequence can be: nothing follows it.
-        return sequence.wants_tokens and (sequence.num_known < self.max_len or sequence.request.pooling is not None)
-
     def _register_fixed(self, sequence: Sequence) -> None:
-        # Called for every sequence in every step: the first, cheap look says no in all but a few of them.
-        if sequence.num_computed // self._limits.block_size > sequence.num_cached_blocks:
-            self._allocator.register_fixed(sequence, self._groups.of(sequence).root)
+        self._allocator.register_fixed(sequence, self._groups.of(sequence).root)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue: what it computed is forgotten, what it knows is not, and tokens in flight still come."""
@@ -245,29 +251,33 @@ class Scheduler:
             raise ValueError(f"plan {plan.step_id} has {len(plan.items)} items, but {len(sampled)} tokens came")
         self._in_flight.popleft()
         committed: list[CommittedToken] = []
+        block_size = self._limits.block_size
+        finished, max_len = SequenceStatus.FINISHED, self.max_len
         for index, (item, tokens) in enumerate(zip(plan.items, sampled, strict=True)):
-            sequence = item.sequence
-            if not item.samples or sequence.status is SequenceStatus.FINISHED:
+            sequence, _, _, _, samples, _, _, drafts, _ = item
+            if not samples or sequence.status is finished:
                 continue
-            if not 1 <= len(tokens) <= 1 + len(item.drafts):
+            num_drafts = len(drafts)
+            if not 1 <= len(tokens) <= 1 + num_drafts:
                 raise ValueError(
-                    f"plan {plan.step_id}: item {index} samples after {len(item.drafts)} drafts, and {len(tokens)} "
-                    "tokens came"
+                    f"plan {plan.step_id}: item {index} samples after {num_drafts} drafts, and {len(tokens)} tokens "
+                    "came"
                 )
-            sequence.num_pending -= 1 + len(item.drafts)
-            if item.drafts:
-                settle_drafts(sequence, len(item.drafts), len(tokens) - 1)
+            sequence.num_pending -= 1 + num_drafts
+            if num_drafts:
+                settle_drafts(sequence, num_drafts, len(tokens) - 1)
             if sequence.request.pooling is not None:  # its prompt is computed: that was all
                 self._end(sequence, FinishReason.STOP)
                 continue
             outputs, stop = sequence.output_token_ids, None
             for place, token in enumerate(tokens):
                 outputs.append(token)
-                stop = find_stop(sequence, self.max_len)
+                stop = find_stop(sequence, max_len)
                 committed.append(CommittedToken(sequence, token, index, place, len(outputs), stop is not None))
                 if stop is not None:
                     break
-            self._register_fixed(sequence)  # a block of which the last token was the last unknown one
+            if sequence.num_computed // block_size > sequence.num_cached_blocks:
+                self._register_fixed(sequence)  # a block of which the last token was the last unknown one
             if stop is not None:
                 self._end(sequence, *stop)
         return committed
@@ -331,7 +341,7 @@ class Scheduler:
 
     @property
     def running(self) -> abc.Iterable[Sequence]:
-        """Sequences that own a row, in the order in which they get tokens."""
+        """Sequences with a row, in the order in which they get tokens."""
         return self._running
 
     @property
@@ -381,9 +391,4 @@ class Scheduler:
         invariants.check_rows(running, self._free_rows, self._limits.max_num_seqs)
         invariants.check_pending(self._in_flight, [*running, *waiting])
         queued = (self._groups.num_queued_reqs, self._groups.num_queued_tokens)
-        invariants.check_groups(self._groups, queued)
-        unfinished = sum(group.num_unfinished for group in self._groups)
-        if unfinished != len(running) + len(waiting):
-            raise AssertionError(
-                f"{unfinished} sequences are unfinished, but {len(running) + len(waiting)} run or wait"
-            )
+        invariants.check_groups(self._groups, queued, len(running) + len(waiting))

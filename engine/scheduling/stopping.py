@@ -17,12 +17,12 @@ def find_stop(sequence: Sequence, max_len: int) -> tuple[FinishReason, int | Non
         Finish reason and stop reason (the stop token id; None for EOS and length), or None to go on.
     """
     request, outputs = sequence.request, sequence.output_token_ids
-    params, token, num_outputs = request.params, outputs[-1], len(outputs)
+    params, num_outputs = request.params, len(outputs)
     if num_outputs >= params.min_tokens:
-        if token in request.eos_token_ids:
+        if outputs[-1] in request.eos_token_ids:
             return FinishReason.STOP, None
-        if params.stop_token_ids and token in params.stop_token_ids:
-            return FinishReason.STOP, token
+        if params.stop_token_ids and outputs[-1] in params.stop_token_ids:
+            return FinishReason.STOP, outputs[-1]
     if num_outputs >= request.max_tokens or request.num_prompt_tokens + num_outputs >= max_len:
         return FinishReason.LENGTH, None
     return None

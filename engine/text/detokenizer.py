@@ -55,6 +55,7 @@ class ByteDetokenizer:
         self._vocabulary = vocabulary
         self._skipped = skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._clean = True  # the decoder holds no bytes of a character that has begun
         for token_id in prompt_token_ids[-_MIN_TAIL:]:
             self.push(token_id)
 
@@ -62,10 +63,17 @@ class ByteDetokenizer:
         """See `Detokenizer`."""
         if token_id in self._skipped:
             return ""
-        return self._decoder.decode(self._vocabulary[token_id])
+        if self._clean:
+            text = self._vocabulary.whole.get(token_id)
+            if text is not None:
+                return text
+        text = self._decoder.decode(self._vocabulary[token_id])
+        self._clean = not self._decoder.getstate()[0]
+        return text
 
     def finish(self) -> str:
         """See `Detokenizer`."""
+        self._clean = True
         return self._decoder.decode(b"", final=True)
 
 

@@ -39,6 +39,7 @@ class OutputText:
         self._tail = ""
         self._finished = False
         self._given: list[str] = []
+        self._fresh: list[str] = []  # those of them that were not taken yet
 
     @property
     def text(self) -> str:
@@ -46,6 +47,27 @@ class OutputText:
         if len(self._given) > 1:
             self._given = ["".join(self._given)]
         return self._given[0] if self._given else ""
+
+    def take(self) -> str:
+        """What was given out since the last call."""
+        if not self._fresh:
+            return ""
+        fresh, self._fresh = self._fresh, []
+        return fresh[0] if len(fresh) == 1 else "".join(fresh)
+
+    def add(self, token_id: int) -> str:
+        """Add one sampled token that is not the last; as `push`, for which most tokens need not pay."""
+        if self._finished:
+            return ""
+        self.num_tokens += 1
+        piece = self._detokenizer.push(token_id)
+        if piece and self._stops:
+            piece = self._advance(piece)
+            self._finished = self.stop_match is not None
+        if piece:
+            self._given.append(piece)
+            self._fresh.append(piece)
+        return piece
 
     def push(self, token_ids: Sequence[int], *, finished: bool = False, stop_token: bool = False) -> str:
         """Add sampled tokens.
@@ -59,25 +81,20 @@ class OutputText:
         Returns:
             The new text that may be sent now.
         """
-        if self._finished:
-            return ""
-        pieces = []
         silent = len(token_ids) - 1 if stop_token and not self._include_stop else len(token_ids)
-        for index, token_id in enumerate(token_ids):
-            self.num_tokens += 1
-            piece = self._detokenizer.push(token_id) if index < silent else ""
-            if piece:
-                pieces.append(self._advance(piece))
-                if self.stop_match is not None:
-                    break
-        if finished and self.stop_match is None:
-            pieces.append(self._advance(self._detokenizer.finish()))
+        new = "".join([self.add(token_id) for token_id in token_ids[:silent]])
+        if self._finished:
+            return new
+        self.num_tokens += len(token_ids) - silent
+        if finished:
+            self._finished = True
+            rest = self._advance(self._detokenizer.finish())
             if self.stop_match is None and not self._include_stop:
-                pieces.append(self._tail)
-        self._finished = finished or self.stop_match is not None
-        new = "".join(pieces)
-        if new:
-            self._given.append(new)
+                rest += self._tail
+            if rest:
+                self._given.append(rest)
+                self._fresh.append(rest)
+                new += rest
         return new
 
     def _advance(self, piece: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import tokenizers
 
 
@@ -24,6 +26,7 @@ class ByteVocabulary(dict[int, bytes]):
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         super().__init__()
         self._backend = backend
+        self.whole: dict[int, str] = {}  # of the tokens met so far, those that are whole characters
 
     def __missing__(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id) or ""
@@ -32,4 +35,6 @@ class ByteVocabulary(dict[int, bytes]):
         except KeyError:  # a token that was added to the vocabulary is spelled as it is
             found = token.encode()
         self[token_id] = found
+        with contextlib.suppress(UnicodeDecodeError):
+            self.whole[token_id] = found.decode()
         return found

@@ -118,6 +118,21 @@ def resolve_tokenizer(reference: str, options: FetchOptions, revision: str | Non
     return _snapshot(match, revision, options, patterns=TOKENIZER_PATTERNS)
 
 
+def resolve_config(reference: str, options: FetchOptions, revision: str | None = None) -> ModelFiles:
+    """Find a model for its config alone: as `resolve_model`, but of a hub id no weights are downloaded.
+
+    Raises:
+        As `resolve_model`.
+    """
+    match = _HUB_ID.match(reference)
+    if reference == DEMO or Path(reference).expanduser().exists() or match is None or reference.endswith(".gguf"):
+        return resolve_model(reference, options, revision)
+    snapshot = _snapshot(match, revision, options, patterns=TOKENIZER_PATTERNS)
+    if not (snapshot / "config.json").is_file():
+        raise ModelNotFoundError(f"The hub repository {match['repository']} has no config.json.")
+    return ModelFiles(ModelKind.DIRECTORY, snapshot)
+
+
 def _snapshot(
     match: re.Match[str], revision: str | None, options: FetchOptions, patterns: tuple[str, ...] | None = None
 ) -> Path:

@@ -16,6 +16,7 @@ LOCAL_IMPORTS: dict[str, str] = {
     "serving/backend.py: create_client: engine.remote.client.RemoteEngine": _START_UP,
     "serving/backend.py: convert_model: engine.convert.convert_model": _START_UP,
     "serving/backend.py: evaluate_model: engine.evaluate.evaluate_model": _START_UP,
+    "serving/backend.py: plan_model: engine.planning.plan.make_plan": _START_UP,
     "serving/backend.py: distill_draft: engine.distill.distill_draft": _START_UP,
     "serving/backend.py: quantize_model: engine.quantize.quantize": _START_UP,
     "serving/backend.py: replay_recording: engine.replay.player.replay": _START_UP,

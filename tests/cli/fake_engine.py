@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 from typing import Any, Self
+
+from msgspec import structs
 
 from engine.errors import ContextLengthError, RequestFailedError
 from engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -61,7 +62,7 @@ class FakeEngine:
                 delta = CompletionOutput(0, f"w{token} ", (token,), finish_reason=reason)
                 if last and self.fail_with is not None:
                     raise RequestFailedError(self.fail_with)
-                yield replace(whole, outputs=[delta], finished=last, metrics=_metrics(i + 1))
+                yield structs.replace(whole, outputs=[delta], finished=last, metrics=_metrics(i + 1))
         finally:
             self.streams_closed += 1
 

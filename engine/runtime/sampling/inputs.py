@@ -198,21 +198,23 @@ def padding_params() -> np.ndarray:
     return packed
 
 
-def pack_step(table: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def pack_step(table: np.ndarray, rows: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
     """The block of one step.
 
     Args:
         table: int32[R+1, W], the `pack_params` of each row's owner; the last row holds `padding_params`.
         rows: int32[S], the row of each sequence, in the order of the logits; R for padding, and for sequences that do
             not sample in this step: their logits are those of a prompt's middle, and their state must not change.
-        positions: int32[S], positions of the tokens to be sampled, i.e. how many tokens are known before them.
+        positions: int32[S], positions of the tokens to be sampled, i.e. how many tokens are known before them; None =
+            the device, which alone knows them while a step is in flight, fills them in.
 
     Returns:
         int32[S, W].
     """
     block = table[rows]
     block[:, Column.ROW] = rows
-    block[:, Column.POSITION] = positions
+    if positions is not None:
+        block[:, Column.POSITION] = positions
     return block
 
 

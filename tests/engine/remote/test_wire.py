@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from engine import errors
 from engine.client import EngineInfo
@@ -124,8 +124,10 @@ def outputs_of_a_request(n: int, logprobs: bool) -> list[RequestOutput]:
             for j in range(n)
         ]
         scores = [None, {2: Logprob(-1.0, 3, "b")}] if logprobs else None
-        outputs.append(replace(first, outputs=completions, prompt_logprobs=scores, finished=step == 2))
-    outputs[-1] = replace(outputs[-1], metrics=RequestMetrics(1.0, 1.0, 2.0, 3.0, None, 3, 1, 2, 6, 3, (2, 1, 0)))
+        outputs.append(structs.replace(first, outputs=completions, prompt_logprobs=scores, finished=step == 2))
+    outputs[-1] = structs.replace(
+        outputs[-1], metrics=RequestMetrics(1.0, 1.0, 2.0, 3.0, None, 3, 1, 2, 6, 3, (2, 1, 0))
+    )
     return outputs
 
 
