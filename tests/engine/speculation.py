@@ -143,12 +143,12 @@ class Arrival:
 
 schedules = st.builds(
     Schedule,
-    max_num_seqs=st.integers(1, 4),
+    max_num_seqs=st.sampled_from([4, 3, 2, 1]),
     max_num_batched_tokens=st.sampled_from([5, 9, 24, 24]),
     threshold=st.sampled_from([0, 3]),
     prefix_caching=st.booleans(),
     overlap=st.booleans(),
-    spare_blocks=st.sampled_from([0, 1, 3, 50]),
+    spare_blocks=st.sampled_from([0, 0, 2, 50]),
     policy=st.sampled_from(["fcfs", "priority"]),
 )
 workloads = st.lists(
@@ -156,12 +156,12 @@ workloads = st.lists(
         Arrival,
         st.integers(0, len(CASES) - 1),
         st.sampled_from([0, 0, 1, 5]),
-        st.sampled_from([None, None, None, 0, 2, 7, 15]),
+        st.sampled_from([None, None, None, None, None, None, 2, 15, 30]),
     ),
-    min_size=1,
-    max_size=6,
+    min_size=3,
+    max_size=8,
 )
-shares = st.sampled_from([0.4, 1.0])
+shares = st.sampled_from([1.0, 0.6])
 seeds = st.integers(0, 99)
 
 

@@ -38,8 +38,8 @@ PROMPTS = [
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 256,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 64,
+    "max_num_seqs": 2,
+    "max_num_batched_tokens": 32,
     "block_size": 16,
     "max_logprobs": -1,
     "num_gpu_blocks_override": 96,
@@ -53,21 +53,21 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 LEAST_RIGHT = {"ngram": 0.2, "suffix": 0.2, "layer_skip": 0.3, "draft_model": 0.8}  # heads guess at random
 PARAMS = [
-    SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True),
-    SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=32, ignore_eos=True),
+    SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+    SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=24, ignore_eos=True),
 ]
 # Few cases whose requests share prefixes, follow grammars, are long, or have several completions; some are aborted.
 WORKLOADS: dict[str, tuple[Schedule, list[Arrival]]] = {
-    "no room": (Schedule(spare_blocks=0), [Arrival(n) for n in (1, 3, 9, 11, 13, 17, 20, 21)]),
+    "no room": (Schedule(max_num_seqs=2, spare_blocks=0), [Arrival(n) for n in (1, 3, 9, 11, 13, 17, 20, 21)]),
     "small chunks": (
-        Schedule(max_num_batched_tokens=9, spare_blocks=2, prefix_caching=False),
+        Schedule(max_num_seqs=2, max_num_batched_tokens=9, spare_blocks=2, prefix_caching=False),
         [Arrival(n, gap) for n, gap in ((5, 0), (14, 2), (23, 1), (10, 3), (0, 2))],
     ),
     "aborts": (
-        Schedule(threshold=7, policy="priority", spare_blocks=4),
+        Schedule(max_num_seqs=2, threshold=7, policy="priority", spare_blocks=4),
         [Arrival(4), Arrival(9, 0, 6), Arrival(22, 1, 9), Arrival(13, 2), Arrival(13, 3, 4), Arrival(24, 0)],
     ),
-    "one step at a time": (Schedule(overlap=False, max_num_seqs=2), [Arrival(n) for n in (2, 7, 12, 18, 21)]),
+    "one step at a time": (Schedule(max_num_seqs=2, overlap=False), [Arrival(n) for n in (2, 7, 12, 18, 21)]),
 }
 USED = sorted({arrival.number for _, workload in WORKLOADS.values() for arrival in workload})
 
