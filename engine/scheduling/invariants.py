@@ -70,18 +70,22 @@ def check_rows(running: Iterable[Sequence], free_rows: list[int], num_rows: int)
 
 
 def check_pending(in_flight: Iterable[StepPlan], live: Iterable[Sequence]) -> None:
-    """Every pending token of a live sequence is sampled by a plan in flight.
+    """Every pending token of a live sequence is sampled by a plan in flight, and every pending draft verified by one.
 
     Raises:
         AssertionError: with the two counts.
     """
     sampled: Counter[int] = Counter()
+    verified: Counter[int] = Counter()
     for plan in in_flight:
         for item in plan.items:
             sampled[id(item.sequence)] += item.samples and 1 + len(item.drafts)
+            verified[id(item.sequence)] += len(item.drafts)
     for sequence in live:
         pending, expected = sequence.num_pending, sampled[id(sequence)]
         _require(pending == expected, sequence, f"{pending} pending tokens, {expected} in flight")
+        pending, expected = sequence.num_pending_drafts, verified[id(sequence)]
+        _require(pending == expected, sequence, f"{pending} pending drafts, {expected} in flight")
 
 
 def check_groups(groups: Iterable[RequestGroup], queued: tuple[int, int], num_alive: int) -> None:

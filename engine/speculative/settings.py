@@ -111,7 +111,7 @@ def parse_speculative(text: str) -> SpeculativeSettings:
     _check(not unknown, f"{', '.join(unknown)} is not known; known are {', '.join(known)}.")
     for name in ("method", "num_speculative_tokens"):
         _check(name in found, f"{name} is missing.")
-    if found["method"] in KEYS_OF:
+    if isinstance(found["method"], str) and found["method"] in KEYS_OF:
         for method, keys in KEYS_OF.items():
             foreign = sorted(set(found) & set(keys) - set(KEYS_OF[found["method"]]))
             _check(not foreign, f"{', '.join(foreign)} is of method {method!r} only.")

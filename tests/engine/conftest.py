@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +57,12 @@ def compilation_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.T
 def shelf(compilation_cache: str) -> EngineShelf:
     """All engines of the run."""
     return EngineShelf(compilation_cache)
+
+
+@pytest.fixture(scope="session")
+def head_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where random heads are written, once per run."""
+    return tmp_path_factory.mktemp("heads")
 
 
 @pytest.fixture

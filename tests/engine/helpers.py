@@ -102,12 +102,15 @@ def require_idle(core: EngineCore) -> None:
     assert pool.num_free == pool.num_usable, f"{pool.num_usable - pool.num_free} blocks leaked"
 
 
-def drive(core: EngineCore, arrivals: Iterable[tuple[int, Request]]) -> dict[str, RequestOutput]:
+def drive(
+    core: EngineCore, arrivals: Iterable[tuple[int, Request]], aborts: Mapping[str, int] | None = None
+) -> dict[str, RequestOutput]:
     """Step a core until all requests are finished; checks the scheduler's invariants on the way.
 
     Args:
         core: idle; its requests have output kind FINAL_ONLY.
         arrivals: (step before which the request is added, request), ascending.
+        aborts: request id -> step before which the request is aborted, if it is still there.
 
     Returns:
         request id -> final output.
@@ -116,6 +119,9 @@ def drive(core: EngineCore, arrivals: Iterable[tuple[int, Request]]) -> dict[str
     for step in range(MOST_STEPS):
         while waiting and waiting[0][0] <= step:
             core.add(waiting.pop(0)[1])
+        for request_id, at in (aborts or {}).items():
+            if at == step:
+                core.abort(request_id)
         if not waiting and not core.has_work:
             return outputs
         for output in core.step():

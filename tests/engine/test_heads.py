@@ -1,4 +1,4 @@
-"""Heads in the engine: the answers are those without, whatever the heads guess; and good guesses are used."""
+"""Heads in the engine: good guesses are used. That no guess changes an answer: test_device_drafts.py."""
 
 from __future__ import annotations
 
@@ -9,40 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from engine.builder import BuiltEngine
-from engine.core import EngineCore
 from engine.engine import Engine
-from engine.errors import ConfigError, QuireError
-from engine.outputs import RequestOutput
-from engine.requests.sequence import Sequence as EngineSequence
 from engine.sampling_params import SamplingParams
-from engine.speculative.device import DeviceSpeculator
 from tests.engine.conftest import EngineShelf
-from tests.engine.helpers import SMALL, TINY, parts_of
-from tests.engine.test_invariance import ALONE, CASES, Schedule, make_core, require_same, run
-from tests.engine.test_speculative import EXECUTABLES
+from tests.engine.helpers import SMALL, parts_of
+from tests.engine.speculation import HEADS, NUM_DRAFTS
 from tests.models.tiny_checkpoints import random_tensors, tiny_config, write_checkpoint
 from tests.models.tiny_heads import Tensors, eagle3_random, eagle_random, eagle_raw, medusa_random
-
-NUM_DRAFTS = 3
-TARGET = TINY / "llama"
-TARGET_RAW = json.loads((TARGET / "config.json").read_text())
-SIZE, VOCAB = TARGET_RAW["hidden_size"], TARGET_RAW["vocab_size"]
-TAPS = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}}
-
-
-def random_head(method: str) -> tuple[dict[str, Any], Tensors]:
-    """Config and tensors of heads that guess at random."""
-    raw = eagle_raw(TARGET_RAW, num_attention_heads=2, head_dim=8)
-    if method == "eagle":
-        return raw, eagle_random(raw)
-    if method == "eagle3":
-        raw |= {"draft_vocab_size": 100} | TAPS
-        return raw, eagle3_random(raw, SIZE)
-    return {"medusa_num_heads": NUM_DRAFTS, "medusa_num_layers": 1}, medusa_random(SIZE, VOCAB, NUM_DRAFTS, 1)
 
 
 def spec(method: str, path: Path, **changes: Any) -> str:
@@ -51,90 +25,8 @@ def spec(method: str, path: Path, **changes: Any) -> str:
     return json.dumps(config | changes)
 
 
-METHODS = [pytest.param(method, marks=pytest.mark.slow) for method in ("medusa", "eagle", "eagle3")]
+METHODS = [pytest.param(method, marks=pytest.mark.slow) for method in HEADS]
 FEW = {"max_num_seqs": 1, "max_num_batched_tokens": 8, "num_gpu_blocks_override": 64}  # executables
-
-
-@pytest.fixture(scope="module", params=METHODS)
-def parts(request: pytest.FixtureRequest, shelf: EngineShelf, tmp_path_factory: pytest.TempPathFactory) -> BuiltEngine:
-    """An engine with random heads."""
-    path = write_checkpoint(tmp_path_factory.mktemp("head"), *random_head(request.param))
-    return parts_of(shelf.take(**EXECUTABLES, speculative_config=spec(request.param, path)))
-
-
-@pytest.fixture(scope="module")
-def alone(shelf: EngineShelf) -> list[RequestOutput]:
-    """What each case gives by itself in an engine that does not speculate."""
-    plain = parts_of(shelf.take(**EXECUTABLES))
-    return [run(make_core(plain, ALONE), plain, [number], [0])[0] for number in range(len(CASES))]
-
-
-class Fickle(DeviceSpeculator):
-    """Drafts in some steps only, so that steps without follow while others are in flight."""
-
-    def __init__(self, share: float, seed: int) -> None:
-        super().__init__(NUM_DRAFTS, None, 64, lambda sequence: False, lambda sequence: None)
-        self.share, self.rng = share, np.random.default_rng(seed)
-
-    def pays(self, sequences: list[EngineSequence]) -> bool:
-        return self.rng.random() < self.share and super().pays(sequences)
-
-
-def guessing(parts: BuiltEngine, schedule: Schedule, share: float, seed: int) -> EngineCore:
-    """As `make_core`, with the engine's heads."""
-    core = make_core(parts, schedule)
-    core._speculator = Fickle(share, seed)
-    return core
-
-
-def test_preempted_again_and_again(parts: BuiltEngine, alone: list[RequestOutput]) -> None:
-    """Every parameter, chunked prompts, hits of the prefix cache, steps planned ahead, blocks taken away."""
-    core = guessing(parts, Schedule(spare_blocks=0), 0.7, 1)
-    outputs = run(core, parts, range(len(CASES)), [0] * len(CASES))
-    for output, expected in zip(outputs, alone, strict=True):
-        require_same(output, expected)
-    assert core.scheduler.stats().num_preemptions > 0
-    assert core.stats.num_draft_tokens > 20
-
-
-def test_every_parameter(parts: BuiltEngine, alone: list[RequestOutput]) -> None:
-    """The same with room for all: guesses in nearly every step."""
-    core = guessing(parts, Schedule(spare_blocks=200), 1.0, 1)
-    outputs = run(core, parts, range(len(CASES)), [0] * len(CASES))
-    for output, expected in zip(outputs, alone, strict=True):
-        require_same(output, expected)
-    assert core.stats.num_draft_tokens > 200
-    assert core.stats.num_accepted_tokens < core.stats.num_draft_tokens / 2
-
-
-@pytest.mark.slow
-@settings(max_examples=25, derandomize=True, deadline=None)
-@given(
-    schedule=st.builds(
-        Schedule,
-        max_num_seqs=st.integers(1, 4),
-        threshold=st.sampled_from([0, 3]),
-        prefix_caching=st.booleans(),
-        overlap=st.booleans(),
-        spare_blocks=st.sampled_from([0, 1, 3, 50]),
-        policy=st.sampled_from(["fcfs", "priority"]),
-    ),
-    workload=st.lists(st.tuples(st.integers(0, len(CASES) - 1), st.sampled_from([0, 0, 1, 5])), min_size=1, max_size=6),
-    share=st.sampled_from([0.4, 1.0]),
-    seed=st.integers(0, 99),
-)
-def test_any_schedule(
-    schedule: Schedule,
-    workload: list[tuple[int, int]],
-    share: float,
-    seed: int,
-    parts: BuiltEngine,
-    alone: list[RequestOutput],
-) -> None:
-    core = guessing(parts, schedule, share, seed)
-    chosen, gaps = [number for number, _ in workload], [gap for _, gap in workload]
-    for number, output in zip(chosen, run(core, parts, chosen, gaps), strict=True):
-        require_same(output, alone[number])
 
 
 @dataclass(frozen=True)
@@ -229,28 +121,3 @@ def test_right_guesses_are_used(shelf: EngineShelf, tmp_path: Path, method: str)
         else stats.num_accepted_tokens / stats.num_draft_tokens
     )
     assert rate > 0.95
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": None}, "model is missing"),
-        ({"method": "mtp"}, "no model family here has layers of multi-token prediction"),
-        ({"quantization": "int8"}, "quantization is of method 'draft_model' only"),
-    ],
-)
-def test_settings_errors(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    config = {key: value for key, value in (json.loads(spec("eagle", tmp_path)) | changes).items() if value is not None}
-    with pytest.raises(ConfigError, match=message):
-        Engine(str(TARGET), **SMALL, speculative_config=config)
-
-
-def test_heads_of_another_model_are_refused(tmp_path: Path) -> None:
-    """At the start, with both sizes; so are more guesses than heads."""
-    raw, tensors = random_head("medusa")
-    other = write_checkpoint(tmp_path, raw | {"hidden_size": 128}, tensors)
-    with pytest.raises(QuireError, match=f"hidden_size is 128 .* {SIZE}"):
-        Engine(str(TARGET), **SMALL, speculative_config=spec("medusa", other))
-    write_checkpoint(tmp_path, raw, tensors)
-    with pytest.raises(ConfigError, match="num_speculative_tokens is 4, and .* has 3 Medusa heads"):
-        Engine(str(TARGET), **SMALL, speculative_config=spec("medusa", tmp_path, num_speculative_tokens=4))

@@ -138,19 +138,38 @@ def make_core(parts: BuiltEngine, schedule: Schedule) -> EngineCore:
     )
     num_blocks = 1 + MAX_LEN // parts.limits.block_size + schedule.spare_blocks
     pool = BlockPool(min(num_blocks, parts.ledger.num_blocks))
-    outputs = OutputProcessor(parts.tokenizer)
-    return EngineCore(Scheduler(limits, pool), parts.core.executor, outputs, CoreOptions(overlap=schedule.overlap))
+    outputs, options = OutputProcessor(parts.tokenizer), CoreOptions(overlap=schedule.overlap)
+    return EngineCore(Scheduler(limits, pool), parts.core.executor, outputs, options, parts.core.grammars)
 
 
-def run(core: EngineCore, parts: BuiltEngine, chosen: Sequence[int], gaps: Sequence[int]) -> list[RequestOutput]:
-    """Run cases by their numbers; `gaps[i]` steps pass before the i-th arrives. Some may occur several times."""
-    arrivals, step = [], 0
+def run(
+    core: EngineCore,
+    parts: BuiltEngine,
+    chosen: Sequence[int],
+    gaps: Sequence[int],
+    cases: Sequence[Case] | None = None,
+    lives: Sequence[int | None] = (),
+) -> list[RequestOutput]:
+    """Run cases by their numbers; some may occur several times.
+
+    Args:
+        core: idle.
+        parts: of its engine.
+        chosen: numbers.
+        gaps: steps that pass before each arrives, after the one before.
+        cases: None = `CASES`.
+        lives: of each, steps after which it is aborted; None = never. () = nobody is.
+    """
+    arrivals, aborts, step = [], {}, 0
     for place, (number, gap) in enumerate(zip(chosen, gaps, strict=True)):
         step += gap
-        case = CASES[number]
+        case = (CASES if cases is None else cases)[number]
         request = parts.inputs.make(case.prompt, case.params, request_id=f"{place}")
         arrivals.append((step, replace(request, priority=number % 3)))
-    outputs = drive(core, arrivals)
+        life = lives[place] if lives else None
+        if life is not None:
+            aborts[f"{place}"] = step + life
+    outputs = drive(core, arrivals, aborts)
     require_idle(core)
     return [outputs[f"{place}"] for place in range(len(chosen))]
 

@@ -15,21 +15,42 @@ from hypothesis import strategies as st
 from engine.builder import BuiltEngine
 from engine.core import CoreOptions, EngineCore
 from engine.engine import Engine
-from engine.errors import ConfigError
 from engine.output_processor import OutputProcessor
 from engine.outputs import RequestOutput
 from engine.requests.sequence import Sequence as EngineSequence
+from engine.runtime.speculation import make_proposer
 from engine.sampling_params import SamplingParams, StructuredOutputsParams
 from engine.scheduling.scheduler import Scheduler
+from engine.speculative.settings import SpeculativeSettings
 from engine.speculative.speculator import Speculator
 from engine.speculative.suffix import SuffixOptions, SuffixProposer
 from tests.engine.conftest import EngineShelf
 from tests.engine.helpers import GOLDEN_SETTINGS, TINY, core_of, golden_prompts, parts_of, tokens_of
-from tests.engine.test_invariance import ALONE, CASES, Schedule, make_core, require_same, run
+from tests.engine.speculation import CASES as ALL_CASES
+from tests.engine.speculation import (
+    EXECUTABLES,
+    NUM_DRAFTS,
+    Arrival,
+    each_alone,
+    require_same_as_alone,
+    schedules,
+    seeds,
+    shares,
+    sometimes,
+    workloads,
+)
+from tests.engine.test_invariance import CASES, Schedule, make_core, require_same, run
 
-NUM_DRAFTS = 3
+ALL = [Arrival(number) for number in range(len(ALL_CASES))]
 CONFIG = {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS, "adaptive": False}
-EXECUTABLES: dict[str, Any] = {"max_num_batched_tokens": 24, "block_size": 8, "max_logprobs": -1}
+
+
+HOST = {
+    "ngram": SpeculativeSettings(method="ngram", num_speculative_tokens=NUM_DRAFTS, prompt_lookup_min=1),
+    "suffix": SpeculativeSettings(
+        method="suffix", num_speculative_tokens=NUM_DRAFTS, suffix_decoding_max_spec_factor=3.0
+    ),
+}
 
 
 class Oracle:
@@ -53,17 +74,6 @@ class Oracle:
         """Nothing is kept."""
 
 
-class Fickle(Speculator):
-    """Drafts in some steps only, so that steps without follow while others are in flight."""
-
-    def __init__(self, proposer: Oracle, share: float) -> None:
-        super().__init__(proposer, None)
-        self.share, self.rng = share, proposer.rng
-
-    def pays(self, sequences: list[EngineSequence]) -> bool:
-        return self.rng.random() < self.share and super().pays(sequences)
-
-
 @pytest.fixture(scope="module")
 def parts(shelf: EngineShelf) -> BuiltEngine:
     return parts_of(shelf.take(**EXECUTABLES, speculative_config=json.dumps(CONFIG)))
@@ -72,8 +82,7 @@ def parts(shelf: EngineShelf) -> BuiltEngine:
 @pytest.fixture(scope="module")
 def alone(shelf: EngineShelf) -> list[RequestOutput]:
     """What each case gives by itself in an engine that does not speculate."""
-    plain = parts_of(shelf.take(**EXECUTABLES))
-    return [run(make_core(plain, ALONE), plain, [number], [0])[0] for number in range(len(CASES))]
+    return each_alone(parts_of(shelf.take(**EXECUTABLES)))
 
 
 def speculating(
@@ -82,11 +91,11 @@ def speculating(
     """As `make_core`, with an oracle."""
     answers = {
         (case.params.seed or 0, completion.index): completion.token_ids
-        for case, output in zip(CASES, alone, strict=True)
+        for case, output in zip(ALL_CASES, alone, strict=True)
         for completion in output.outputs
     }
     core = make_core(parts, schedule)
-    core._speculator = Fickle(Oracle(answers, lies, seed), share)
+    core._speculator = sometimes(Speculator(Oracle(answers, lies, seed), None), share, seed)
     return core
 
 
@@ -94,7 +103,7 @@ def test_every_parameter_with_right_guesses(parts: BuiltEngine, alone: list[Requ
     """Penalties, bad words, min_tokens, stop strings and log-probabilities as without."""
     core = speculating(parts, Schedule(spare_blocks=200), alone, lies=0.0, share=1.0, seed=0)
     outputs = run(core, parts, range(len(CASES)), [0] * len(CASES))
-    for output, expected in zip(outputs, alone, strict=True):
+    for output, expected in zip(outputs, alone[: len(CASES)], strict=True):
         require_same(output, expected)
     stats = core.stats
     assert stats.num_draft_tokens > 100
@@ -110,38 +119,39 @@ def test_every_parameter_with_right_guesses(parts: BuiltEngine, alone: list[Requ
     assert 0.8 * stats.num_drafts < sum(m.num_drafts for m in metrics) <= stats.num_drafts
     assert 0.8 * stats.num_draft_tokens < sum(m.num_draft_tokens for m in metrics) <= stats.num_draft_tokens
     assert all(m.num_drafts <= m.num_draft_tokens <= NUM_DRAFTS * m.num_drafts for m in metrics)
-    assert stats.num_steps < sum(len(c.token_ids) for o in alone for c in o.outputs)
+    assert stats.num_steps < sum(len(c.token_ids) for o in alone[: len(CASES)] for c in o.outputs)
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
-@given(
-    schedule=st.builds(
-        Schedule,
-        max_num_seqs=st.integers(1, 4),
-        threshold=st.sampled_from([0, 3]),
-        prefix_caching=st.booleans(),
-        overlap=st.booleans(),
-        spare_blocks=st.sampled_from([0, 1, 3, 50]),
-        policy=st.sampled_from(["fcfs", "priority"]),
-    ),
-    workload=st.lists(st.tuples(st.integers(0, len(CASES) - 1), st.sampled_from([0, 0, 1, 5])), min_size=1, max_size=6),
-    lies=st.sampled_from([0.0, 0.3, 1.0]),
-    share=st.sampled_from([0.4, 1.0]),
-    seed=st.integers(0, 99),
-)
+@given(schedule=schedules, workload=workloads, lies=st.sampled_from([0.0, 0.3, 1.0]), share=shares, seed=seeds)
 def test_any_schedule_with_any_guesses(
     schedule: Schedule,
-    workload: list[tuple[int, int]],
+    workload: list[Arrival],
     lies: float,
     share: float,
     seed: int,
     parts: BuiltEngine,
     alone: list[RequestOutput],
 ) -> None:
-    core = speculating(parts, schedule, alone, lies, share, seed)
-    chosen, gaps = [number for number, _ in workload], [gap for _, gap in workload]
-    for number, output in zip(chosen, run(core, parts, chosen, gaps), strict=True):
-        require_same(output, alone[number])
+    require_same_as_alone(speculating(parts, schedule, alone, lies, share, seed), parts, workload, alone)
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(schedule=schedules, workload=workloads, share=shares, seed=seeds)
+@pytest.mark.parametrize("name", HOST)
+def test_any_schedule_with_each_proposer(
+    schedule: Schedule,
+    workload: list[Arrival],
+    share: float,
+    seed: int,
+    name: str,
+    parts: BuiltEngine,
+    alone: list[RequestOutput],
+) -> None:
+    """As they are: from single tokens, so that there are guesses, mostly wrong ones."""
+    core = make_core(parts, schedule)
+    core._speculator = sometimes(Speculator(make_proposer(HOST[name]), None), share, seed)
+    require_same_as_alone(core, parts, workload, alone)
 
 
 def test_suffixes_of_past_outputs(parts: BuiltEngine, alone: list[RequestOutput]) -> None:
@@ -152,7 +162,9 @@ def test_suffixes_of_past_outputs(parts: BuiltEngine, alone: list[RequestOutput]
     rates = []
     for _ in range(2):
         before = core.stats.num_draft_tokens, core.stats.num_accepted_tokens
-        for output, expected in zip(run(core, parts, range(len(CASES)), [0] * len(CASES)), alone, strict=True):
+        for output, expected in zip(
+            run(core, parts, range(len(CASES)), [0] * len(CASES)), alone[: len(CASES)], strict=True
+        ):
             require_same(output, expected)
         drafted, right = core.stats.num_draft_tokens - before[0], core.stats.num_accepted_tokens - before[1]
         rates.append(right / max(drafted, 1))
@@ -186,9 +198,7 @@ def test_the_time_for_guesses_is_time_of_the_step(parts: BuiltEngine, alone: lis
 
 def test_preempted_again_and_again(parts: BuiltEngine, alone: list[RequestOutput]) -> None:
     core = speculating(parts, Schedule(spare_blocks=0), alone, lies=0.2, share=0.7, seed=3)
-    outputs = run(core, parts, range(len(CASES)), [0] * len(CASES))
-    for output, expected in zip(outputs, alone, strict=True):
-        require_same(output, expected)
+    require_same_as_alone(core, parts, ALL, alone)
     assert core.scheduler.stats().num_preemptions > 0
 
 
@@ -255,7 +265,7 @@ def test_grammars(structured: StructuredOutputsParams, shelf: EngineShelf) -> No
         OutputProcessor(built.tokenizer),
         CoreOptions(overlap=True),
         built.core.grammars,
-        Fickle(Oracle(answers, 0.3, 1), 0.8),
+        sometimes(Speculator(Oracle(answers, 0.3, 1), None), 0.8, 1),
     )
     for index, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
         core.add(built.inputs.make(prompt, each, request_id=f"g{index}"))
@@ -267,36 +277,3 @@ def test_grammars(structured: StructuredOutputsParams, shelf: EngineShelf) -> No
         assert found[f"g{index}"].outputs[0].text == expected.outputs[0].text
         assert found[f"g{index}"].outputs[0].finish_reason == expected.outputs[0].finish_reason
     assert core.stats.num_accepted_tokens > 0
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ("{", "not valid JSON"),
-        ("[]", "must be a JSON object"),
-        ('{"method": "ngram"}', "num_speculative_tokens is missing"),
-        ('{"method": "oracle", "num_speculative_tokens": 3}', "method must be one of ngram, suffix"),
-        ('{"method": "ngram", "num_speculative_tokens": 0}', "must be an integer from 1 to 32, got 0"),
-        ('{"method": "ngram", "num_speculative_tokens": 3, "tree": 1}', "tree is not known; known are method"),
-        ('{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 6}', "prompt_lookup_max must be"),
-        ('{"method": "suffix", "num_speculative_tokens": 3, "prompt_lookup_min": 2}', "of method 'ngram' only"),
-        (
-            '{"method": "suffix", "num_speculative_tokens": 3, "suffix_decoding_min_token_prob": 2}',
-            "suffix_decoding_min_token_prob must be a number from 0 to 1, got 2",
-        ),
-    ],
-)
-def test_bad_settings(config: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Engine(str(TINY / "llama"), speculative_config=config, show_progress=False)
-
-
-def test_too_many_drafts_for_a_step(shelf: EngineShelf) -> None:
-    with pytest.raises(ConfigError, match="do not fit in max_num_batched_tokens=8"):
-        Engine(
-            str(TINY / "llama"),
-            max_num_batched_tokens=8,
-            max_num_seqs=4,
-            speculative_config={**CONFIG, "num_speculative_tokens": 8},
-            show_progress=False,
-        )

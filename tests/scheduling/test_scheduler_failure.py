@@ -1,6 +1,7 @@
 """A step that raises: its sequences end, the others are recomputed, nothing of it is believed."""
 
 from engine.requests.sequence import FinishReason, SequenceStatus
+from engine.scheduling.plan import FROM_DRAFT
 from tests.scheduling.toy import ToyEngine, make_limits, make_sequences
 
 
@@ -45,3 +46,25 @@ def test_plans_before_a_failed_one_are_still_delivered():
     assert (sequence.finish_reason, other.finish_reason) == (FinishReason.LENGTH, FinishReason.ERROR)
     engine.drain()
     engine.check_results()
+
+
+def test_drafts_of_void_plans_are_forgotten():
+    """A sequence that the failed step had no tokens left for, and a later one drafts for."""
+    engine = ToyEngine(make_limits(max_num_batched_tokens=4), num_blocks=40, depth=2)
+    first = make_sequences("first", range(3), max_tokens=12)[0]
+    second = make_sequences("second", [50], max_tokens=12)[0]
+    engine.add([first])
+    engine.add([second])
+    engine.plan()
+    engine.commit()
+    first.draft_token_ids = (FROM_DRAFT,) * 3
+    bad = engine.plan()
+    assert [item.sequence for item in bad.items] == [first], "its drafts take the whole step"
+    second.draft_token_ids = (FROM_DRAFT,) * 2
+    void = engine.plan()
+    assert [(item.sequence, len(item.drafts)) for item in void.items] == [(first, 0), (second, 2)]
+    engine.fail_oldest()
+    assert (second.status, second.num_pending, second.num_pending_drafts) == (SequenceStatus.PREEMPTED, 0, 0)
+    engine.drain()
+    engine.check_results()
+    assert second.finish_reason is FinishReason.LENGTH and len(second.output_token_ids) == 12

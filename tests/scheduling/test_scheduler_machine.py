@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.errors import ContextLengthError, QueueFullError
 from engine.requests.sequence import FinishReason, Sequence
+from engine.scheduling.plan import FROM_DRAFT
 from tests.scheduling.toy import EOS, ToyEngine, make_limits, make_sequences
 
 BLOCK_SIZE = 4
@@ -83,6 +84,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Right drafts only where the host knows all tokens; others are wrong, which must not matter."""
         running = self.running()
         self.engine.draft(running[choice % len(running)], num_right, num_wrong)
+
+    @precondition(lambda self: self.running())
+    @rule(counts=st.lists(st.integers(0, 5), min_size=4, max_size=4))
+    def draft_on_the_device(self, counts):
+        """Nobody on the host knows the ids, nor, with steps in flight, how many tokens there are."""
+        for sequence, count in zip(self.running(), counts, strict=False):
+            sequence.draft_token_ids = (FROM_DRAFT,) * count
 
     @precondition(lambda self: len(self.engine.in_flight) <= self.engine.depth)
     @rule()

@@ -29,6 +29,24 @@ def test_random_requests(name, depth):
     assert stats.num_prefix_hit_tokens > 0
 
 
+FAST = ("tiny_pool", "priority", "block_of_one")
+
+
+@pytest.mark.parametrize(
+    ("depth", "drafts_by"), [(0, "host"), (1, "host"), (0, "device"), (1, "device"), (2, "device")]
+)
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in WORKLOADS])
+def test_random_requests_with_drafts(name, depth, drafts_by):
+    """Guesses of either side, right, wrong and mixed, verified by steps that are planned one upon another."""
+    changes, num_blocks = WORKLOADS[name]
+    engine = ToyEngine(make_limits(**changes), num_blocks, depth)
+    run_random(engine, 60, depth, drafts_by)
+    sequences = list(engine.truths)
+    num_drafted = sum(sequence.num_drafted for sequence in sequences)
+    num_right = sum(sequence.num_accepted for sequence in sequences)
+    assert 20 < num_right < num_drafted - 20
+
+
 def test_500_requests_leak_nothing():
     engine = ToyEngine(make_limits(max_num_seqs=8, max_num_batched_tokens=24), num_blocks=30, depth=1)
     run_random(engine, 500, seed=0)

@@ -20,7 +20,7 @@ from engine.requests.sequence import FinishReason, Sequence
 from engine.sampling_params import SamplingParams
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.limits import SchedulerLimits
-from engine.scheduling.plan import ScheduledSequence, StepPlan
+from engine.scheduling.plan import FROM_DRAFT, ScheduledSequence, StepPlan
 from engine.scheduling.scheduler import Scheduler
 
 VOCAB = 23
@@ -120,12 +120,23 @@ def next_kv(kv: int, token: int) -> int:
     return hash((kv, token))
 
 
+def guess(truth: Truth, start: int, num_right: int, count: int) -> list[int]:
+    """`count` guesses of the tokens from position `start` on, of which the first `num_right` are right."""
+    truth.extend(start + count)
+    tokens = truth.tokens[start : start + count]
+    return [token if place < num_right else (token + 1) % VOCAB for place, token in enumerate(tokens)]
+
+
 class ToyDevice:
-    """Pages, and per row a block table and the last sampled token; it knows only what plans told it."""
+    """Pages, and per row a block table and the last sampled token; it knows only what plans told it.
+
+    Where a plan holds `FROM_DRAFT` the device guesses itself, right or wrong, from what its row knows.
+    """
 
     def __init__(self, num_blocks: int, limits: SchedulerLimits) -> None:
         self.limits = limits
         self.num_blocks = num_blocks
+        self.rng = random.Random(num_blocks)  # of its guesses
         self.wipe()
 
     def wipe(self) -> None:
@@ -133,7 +144,7 @@ class ToyDevice:
         self.pages: list[list[int | None]] = [[None] * self.limits.block_size for _ in range(self.num_blocks)]
         self.tables: list[list[int]] = [[] for _ in range(self.limits.max_num_seqs)]
         self.last_tokens: list[int | None] = [None] * self.limits.max_num_seqs
-        self.num_known: list[int] = [0] * self.limits.max_num_seqs
+        self.num_known: list[int | None] = [None] * self.limits.max_num_seqs
 
     def run(self, plan: StepPlan, truths: dict[Sequence, Truth]) -> list[list[int]]:
         """Write all of the step, then read, as each layer does. Returns per item the drafts that were right and the
@@ -145,26 +156,37 @@ class ToyDevice:
         assert 0 < plan.num_tokens <= self.limits.max_num_batched_tokens, "the budget is exceeded"
         assert len({item.row for item in plan.items}) == len(plan.items), "two items in one row"
         written: set[tuple[int, int]] = set()
+        drafts: list[list[int]] = []
         for item in plan.items:
             self._update_row(item)
-            self._write(item, truths[item.sequence], written)
-        return [self._attend(item, truths[item.sequence]) for item in plan.items]
+            drafts.append(self._drafts(item, truths[item.sequence]))
+            self._write(item, drafts[-1], truths[item.sequence], written)
+        return [self._attend(item, d, truths[item.sequence]) for item, d in zip(plan.items, drafts, strict=True)]
 
     def _update_row(self, item: ScheduledSequence) -> None:
         table = self.tables[item.row]
         if item.starts_row:
             table.clear()
-            self.last_tokens[item.row] = None
+            self.last_tokens[item.row] = self.num_known[item.row] = None
         assert len(table) == item.first_new_block, "the device's block table is not what the plan continues"
         table += item.sequence.block_table[item.first_new_block :]
         assert table == item.sequence.block_table, "the device's block table differs from the host's"
         assert 0 not in table, "the null block is in a block table"
 
-    def _write(self, item: ScheduledSequence, truth: Truth, written: set[tuple[int, int]]) -> None:
+    def _drafts(self, item: ScheduledSequence, truth: Truth) -> list[int]:
+        """Those of the plan, or those that the device makes in their places."""
+        count = len(item.drafts)
+        stop = self._start(item) + item.num_tokens
+        assert stop <= self.limits.max_model_len, "a token is computed that no sequence may have"
+        if FROM_DRAFT not in item.drafts:
+            return list(item.drafts)
+        assert set(item.drafts) == {FROM_DRAFT}, "drafts of the host and of the device are mixed"
+        return guess(truth, stop - count, self.rng.randrange(count + 1), count)
+
+    def _write(self, item: ScheduledSequence, drafts: list[int], truth: Truth, written: set[tuple[int, int]]) -> None:
         table, size = self.tables[item.row], self.limits.block_size
-        num_drafts = len(item.drafts)
-        tokens = item.sequence.token_ids(item.start, item.start + item.num_tokens - num_drafts)
-        for position, token in enumerate([*tokens, *item.drafts], self._start(item)):
+        tokens = item.sequence.token_ids(item.start, item.start + item.num_tokens - len(drafts))
+        for position, token in enumerate([*tokens, *drafts], self._start(item)):
             value = self.last_tokens[item.row] if token == -1 else token
             assert value is not None, "a pending token is not in the row"
             kv = self.pages[table[(position - 1) // size]][(position - 1) % size] if position else truth.root
@@ -176,10 +198,14 @@ class ToyDevice:
 
     def _start(self, item: ScheduledSequence) -> int:
         """Position of the item's first token."""
-        return self.num_known[item.row] - 1 if item.is_relative else item.start
+        if not item.is_relative:
+            return item.start
+        num_known = self.num_known[item.row]
+        assert num_known is not None, "the plan relies on a length that the row does not have"
+        return num_known - 1
 
-    def _attend(self, item: ScheduledSequence, truth: Truth) -> list[int]:
-        known = self._start(item) + item.num_tokens - len(item.drafts)
+    def _attend(self, item: ScheduledSequence, drafts: list[int], truth: Truth) -> list[int]:
+        known = self._start(item) + item.num_tokens - len(drafts)
         sampled: list[int] = []
         while True:
             stop = known + len(sampled)
@@ -190,7 +216,7 @@ class ToyDevice:
                 return []
             token = truth.sample(truth.kvs[stop - 1])
             sampled.append(token)
-            if len(sampled) > len(item.drafts) or item.drafts[len(sampled) - 1] != token:
+            if len(sampled) > len(drafts) or drafts[len(sampled) - 1] != token:
                 break
         self.last_tokens[item.row], self.num_known[item.row] = token, known + len(sampled)
         return sampled
@@ -251,10 +277,22 @@ class ToyEngine:
 
     def draft(self, sequence: Sequence, num_right: int, num_wrong: int) -> None:
         """Guess what follows the tokens that the host knows of a sequence."""
-        known = len(sequence.output_token_ids)
-        outputs = self.truths[sequence].outputs(known + num_right + num_wrong)[known:]
-        wrong = [(token + 1) % VOCAB for token in outputs[num_right:]]
-        sequence.draft_token_ids = (*outputs[:num_right], *wrong)
+        known = sequence.num_prompt_tokens + len(sequence.output_token_ids)
+        sequence.draft_token_ids = tuple(guess(self.truths[sequence], known, num_right, num_right + num_wrong))
+
+    def draft_at_random(self, rng: random.Random, by: str) -> None:
+        """Give drafts to some of the running sequences, by the "host", which reads what is in flight first, or by the
+        "device".
+        """
+        while by == "host" and self.in_flight:
+            self.commit()
+        for sequence in self.scheduler.running:
+            count = rng.choice([0, 1, 2, 5])
+            if by == "device":
+                sequence.draft_token_ids = (FROM_DRAFT,) * count
+            else:
+                num_right = rng.randrange(count + 1)
+                self.draft(sequence, num_right, count - num_right)
 
     def step(self) -> None:
         """One turn of the loop: keep `depth` plans in flight, if there are so many."""
@@ -289,6 +327,8 @@ class ToyEngine:
         for sequence, truth in self.truths.items():
             got = sequence.output_token_ids
             assert got == self.tokens[sequence], "delivered tokens differ from the record"
+            runs = sequence.accepted_runs
+            assert sequence.num_accepted == sum(right * steps for right, steps in enumerate(runs))
             assert got == truth.outputs(len(got)), "wrong tokens"
             if sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
                 outputs, reason, stop_reason = truth.ending(self.scheduler.max_len, self.stop_at.get(sequence))
@@ -318,8 +358,12 @@ def random_sequences(rng: random.Random, request_id: str, max_prompt: int) -> tu
     return sequences, rng.choice([None, None, None, 4])
 
 
-def run_random(engine: ToyEngine, num_requests: int, seed: int) -> None:
-    """Random arrivals, aborts, failures and resets around a running engine, to the end; checks all results."""
+def run_random(engine: ToyEngine, num_requests: int, seed: int, drafts_by: str | None = None) -> None:
+    """Random arrivals, aborts, failures and resets around a running engine, to the end; checks all results.
+
+    Args:
+        drafts_by: "host" or "device", of drafts in most steps; None = there are none.
+    """
     rng = random.Random(seed)
     max_prompt = min(40, engine.limits.max_model_len - 1)
     added = 0
@@ -340,6 +384,8 @@ def run_random(engine: ToyEngine, num_requests: int, seed: int) -> None:
         if rng.random() < 0.005 and engine.in_flight:
             engine.fail_oldest()
         while True:
+            if drafts_by is not None and rng.random() < 0.8:
+                engine.draft_at_random(rng, drafts_by)
             engine.step()
             if engine.scheduler.num_waiting < 3 * engine.limits.max_num_seqs:
                 break

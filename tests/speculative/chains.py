@@ -37,6 +37,7 @@ from tests.sampling.reference import Situation, distribution
 V = 5
 LENGTH = 3  # tokens of a sentence
 NUM_DRAFTS = 2
+NO_DRAFT = -1
 NUM_CHAINS = 4096
 TARGET = np.random.default_rng(5).normal(size=(V, V)).astype(np.float32) * 1.5
 DRAFTER = TARGET + np.random.default_rng(6).normal(size=(V, V)).astype(np.float32)
@@ -85,10 +86,12 @@ class Here:
     Attributes:
         last: int[S], its last token.
         block: int32[S, W], packed parameters, with the position of the next token.
+        known: int32[S, N], prompt and outputs, and -1 behind them.
     """
 
     last: np.ndarray
     block: np.ndarray
+    known: np.ndarray
 
     def ahead(self, places: int) -> np.ndarray:
         """The block for the token so many places further on."""
@@ -97,7 +100,7 @@ class Here:
         return block
 
 
-Drafter = Callable[[Here], np.ndarray]  # int32[S, NUM_DRAFTS]
+Drafter = Callable[[Here], np.ndarray]  # int32[S, NUM_DRAFTS], NO_DRAFT behind the last of a row
 
 
 def certain(here: Here) -> np.ndarray:
@@ -183,7 +186,9 @@ def start(case: Case, seeds: np.ndarray) -> tuple[Here, SamplerState, SamplerVar
     block[:, Column.ROW] = np.arange(num)
     block[:, Column.POSITION] = len(situation.prompt) + len(situation.outputs)
     last = situation.outputs[-1] if situation.outputs else situation.prompt[-1]
-    return Here(np.full(num, last), block), state, choose_variant(block)
+    before = (*situation.prompt, *situation.outputs)
+    known = np.tile(np.array([*before, *[-1] * (LENGTH + NUM_DRAFTS)], np.int32), (num, 1))
+    return Here(np.full(num, last), block, known), state, choose_variant(block)
 
 
 def plain(case: Case, seeds: np.ndarray) -> np.ndarray:
@@ -193,7 +198,7 @@ def plain(case: Case, seeds: np.ndarray) -> np.ndarray:
     for _ in range(LENGTH):
         sampled, state = _plain(case.logits(here.last), here.block, state, variant)
         tokens.append(np.asarray(sampled.token))
-        here = Here(tokens[-1], here.ahead(1))
+        here = Here(tokens[-1], here.ahead(1), here.known)
     return np.stack(tokens, axis=1)
 
 
@@ -202,12 +207,14 @@ def speculated(case: Case, drafter: Drafter, seeds: np.ndarray, verifier: Verify
     here, state, variant = start(case, seeds)
     num = len(seeds)
     tokens = np.full((num, LENGTH + NUM_DRAFTS), -1, np.int32)
-    done, right, trials = np.zeros(num, int), 0, 0
+    done, right, trials, start_at = np.zeros(num, int), 0, 0, here.known.shape[1] - tokens.shape[1]
     while (done < LENGTH).any():
-        drafts = drafter(here)
+        given = drafter(here)
+        drafts = np.maximum(given, 0)
         path = np.concatenate([here.last[:, None], drafts], axis=1)
         # Some chains have fewer drafts than there is room for; those that are done go on for nothing.
-        num_drafts = np.where(np.arange(num) % 4 == 0, NUM_DRAFTS - 1, NUM_DRAFTS).astype(np.int32)
+        room = np.where(np.arange(num) % 4 == 0, NUM_DRAFTS - 1, NUM_DRAFTS)
+        num_drafts = np.minimum(room, (given != NO_DRAFT).sum(1)).astype(np.int32)
         logits = case.logits(path).reshape(-1, V)
         sampled, state = verifier(logits, here.block, num_drafts, drafts, state, variant=variant)
         assert sampled.count is not None
@@ -220,8 +227,9 @@ def speculated(case: Case, drafter: Drafter, seeds: np.ndarray, verifier: Verify
         done = done + np.where(live, count, 0)
         block = here.block.copy()
         block[:, Column.POSITION] += count
-        here = Here(got[np.arange(num), count - 1], block)
-    return tokens[:, :LENGTH], right / trials
+        here.known[:, start_at:] = tokens
+        here = Here(got[np.arange(num), count - 1], block, here.known)
+    return tokens[:, :LENGTH], right / max(trials, 1)
 
 
 def sentence_ids(tokens: np.ndarray) -> np.ndarray:

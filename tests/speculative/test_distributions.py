@@ -1,7 +1,7 @@
 """Verified drafts give what plain sampling gives: the same tokens of each seed, and so the exact distribution.
 
-For every way to draft, every sampling parameter. A new way to draft is one line in `DRAFTERS`, a new parameter one in
-`CASES`. Verification that is a little wrong is refused by the same test.
+For every way to draft, every method by its name, and every sampling parameter. A new method is one line in `METHODS`, a
+new parameter one in `CASES`. Verification that is a little wrong is refused by the same test.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from engine.runtime.sampling import SampledTokens, SamplerState
 from engine.runtime.sampling.inputs import completion_seed
 from engine.runtime.sampling.verify import num_right, verify
 from engine.sampling_params import SamplingParams
+from engine.speculative import settings
 from tests.sampling.helpers import REJECT, chi_square_p_value, situation
 from tests.speculative.chains import (
     NUM_CHAINS,
@@ -38,15 +39,17 @@ from tests.speculative.chains import (
     sentence_ids,
     speculated,
 )
+from tests.speculative.methods import METHODS
 
 VERIFY_MODULE = sys.modules[verify.__module__]  # the package has a function of its name
 
-DRAFTERS: dict[str, Drafter] = {
+WAYS: dict[str, Drafter] = {
     "certain": certain,
     "coupled": coupled,
     "independent": independent,
     "adversarial": adversarial,
 }
+DRAFTERS = WAYS | METHODS
 
 PAST = {"prompt": (0, 1, 1, 2), "outputs": (3, 2, 3)}
 
@@ -128,14 +131,29 @@ def p_value(tokens: np.ndarray, name: str) -> float:
     return chi_square_p_value(sentence_ids(tokens), exact(name))
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("drafter", DRAFTERS)
+SELDOM_RIGHT = ("adversarial", "ngram", "suffix")  # nothing repeats itself in a few tokens
+FAST = ("temperature", "everything")
+
+
+def test_every_method_is_held_to_it() -> None:
+    """One that is added later is missed here."""
+    assert set(METHODS) == set(settings.METHODS)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "name"),
+    [
+        pytest.param(drafter, name, marks=[] if drafter in WAYS or name in FAST else pytest.mark.slow)
+        for drafter in DRAFTERS
+        for name in CASES
+    ],
+)
 def test_drafts_change_nothing(drafter: str, name: str) -> None:
     """Token by token what plain sampling gives, and together the exact distribution over all sentences."""
     tokens, rate = speculated(CASES[name], DRAFTERS[drafter], seeds_by("own"))
     assert (tokens == plain_tokens(name, "own")).all()
     assert p_value(tokens, name) > REJECT
-    assert rate > 0.05 or drafter == "adversarial", "hardly a draft was ever right: nothing was tested"
+    assert rate > 0.05 or drafter in SELDOM_RIGHT, "hardly a draft was ever right: nothing was tested"
 
 
 @pytest.mark.parametrize("way", ["unseeded", "completions"])
@@ -149,7 +167,7 @@ def test_seeds_from_elsewhere(name: str, way: str) -> None:
 
 def test_the_same_noise_agrees_more_often() -> None:
     """What coupling is for; and it keeps its bound (1 - d) / (1 + d), d the distance of the distributions."""
-    rates = {name: speculated(CASES["temperature"], DRAFTERS[name], seeds_by("own"))[1] for name in DRAFTERS}
+    rates = {name: speculated(CASES["temperature"], DRAFTERS[name], seeds_by("own"))[1] for name in WAYS}
     assert rates["coupled"] > rates["independent"] + 0.1
 
 
@@ -158,13 +176,22 @@ def test_the_same_noise_agrees_more_often() -> None:
 
 def accept_likely(*arguments: Any) -> tuple[SampledTokens, SamplerState]:
     """Keeps a draft that is more probable than not, whatever was drawn."""
+    return _accept_above(0.5, *arguments)
+
+
+def accept_possible(*arguments: Any) -> tuple[SampledTokens, SamplerState]:
+    """Keeps a draft unless it is improbable: "typical acceptance"."""
+    return _accept_above(0.05, *arguments)
+
+
+def _accept_above(least: float, *arguments: Any) -> tuple[SampledTokens, SamplerState]:
     logits, _, num_drafts, draft_ids = arguments[:4]
     sampled, state = verify(*arguments)
     rows = draft_ids.shape[1] + 1
     shares = jax.nn.softmax(logits, axis=-1).reshape(-1, rows, logits.shape[-1])
     share = jnp.take_along_axis(shares[:, :-1], draft_ids[:, :, None], axis=2)[:, :, 0]
     tokens = sampled.token.reshape(-1, rows)
-    tokens = tokens.at[:, :-1].set(jnp.where(share > 0.5, draft_ids, tokens[:, :-1]))
+    tokens = tokens.at[:, :-1].set(jnp.where(share > least, draft_ids, tokens[:, :-1]))
     count = num_right(tokens, num_drafts, draft_ids) + 1
     return replace(sampled, token=tokens.reshape(-1), count=count), state
 
@@ -214,6 +241,7 @@ def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 FAULTS: dict[str, tuple[Callable[..., Any], str]] = {
     "accept_likely": (accept_likely, "temperature"),
+    "accept_possible": (accept_possible, "temperature"),
     "reject_what_was_drawn": (reject_what_was_drawn, "temperature"),
     "same_noise_everywhere": (same_noise_everywhere, "temperature"),
     "same_noise_with_penalties": (same_noise_everywhere, "frequency"),
@@ -223,7 +251,18 @@ FAULTS: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
-COMPILE_LONG = ("same_noise_with_penalties", "bad_words_of_the_first_place", "reject_what_was_drawn")
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["accept_possible", "count_one_too_many"])
+@pytest.mark.parametrize("drafter", METHODS)
+def test_a_planted_bias_is_caught_with_each_method(drafter: str, fault: str) -> None:
+    """Where a method's guesses come from does not hide it."""
+    verifier, name = FAULTS[fault]
+    tokens, _ = speculated(CASES[name], DRAFTERS[drafter], seeds_by("own"), jitted(verifier))
+    assert p_value(tokens, name) < REJECT
+    assert (tokens != plain_tokens(name, "own")).any()
+
+
+COMPILE_LONG = ("accept_possible", "same_noise_with_penalties", "bad_words_of_the_first_place", "reject_what_was_drawn")
 
 
 @pytest.mark.parametrize(
