@@ -162,6 +162,7 @@ class AsyncEngine:
         if self._thread.is_alive():
             self._driver.stop()
             self._thread.join()
+        self._built.close()
 
     async def close(self) -> None:
         """`shutdown`, without blocking the event loop."""

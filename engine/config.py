@@ -174,6 +174,11 @@ class CompileConfig:
     compile_threads: int | None = _setting(
         None, "executables compiled at a time; default: the number of cores, at most 8"
     )
+    compile_in_background: bool | None = _setting(
+        None,
+        "start as soon as a first request can be answered, and make the other executables meanwhile; default: yes in "
+        "serve, generate and chat, no elsewhere",
+    )
     show_progress: bool = _setting(True, "progress bars while loading and compiling")
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ from serving.backend import (
     evaluate_model,
     quantize_model,
 )
-from serving.bench import latency, throughput
+from serving.bench import latency, startup, throughput
 from serving.bench import serve as bench_serve
 from serving.commands import chat, convert, distill, evaluate, generate, quantize, serve
 from serving.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, exit_code
@@ -111,6 +111,7 @@ def build_parser(
     latency.set_up(_command(measurements, "latency", latency.SUMMARY), engine_factory)
     throughput.set_up(_command(measurements, "throughput", throughput.SUMMARY), engine_factory)
     bench_serve.set_up(_command(measurements, "serve", bench_serve.SUMMARY))
+    startup.set_up(_command(measurements, "startup", startup.SUMMARY))
     convert.set_up(_command(commands, "convert", convert.SUMMARY), converter)
     evaluate.set_up(_command(commands, "eval", evaluate.SUMMARY), evaluator)
     distill.set_up(_command(commands, "distill-draft", distill.SUMMARY), distiller)

@@ -17,7 +17,8 @@ from engine.requests.sequence import Sequence
 from engine.runtime.buckets import Bucket
 from engine.runtime.device_state import SampleState
 from engine.runtime.drafting.drafter import DeviceView
-from engine.runtime.executables import TABLE_UPDATES, Executables, ModelProgram
+from engine.runtime.executables import TABLE_UPDATES, ModelProgram
+from engine.runtime.lookup import Executables
 from engine.runtime.packing import UPDATE_WIDTH, block_updates, pack_step
 from engine.runtime.pooling import PooledGroup, PooledPart, pool_step
 from engine.runtime.sampling import (
@@ -142,12 +143,16 @@ def _log_softmax(logits: jax.Array) -> np.ndarray:
 
 
 class Executor:
-    """Runs steps. One thread drives it."""
+    """Runs steps. One thread drives it.
+
+    Attributes:
+        executables: what runs.
+    """
 
     def __init__(self, program: ModelProgram, params: Params, executables: Executables) -> None:
         self.program = program
         self._params = params
-        self._run = executables
+        self.executables = executables
         self._row_params = np.zeros((program.limits.max_num_seqs + 1, WIDTH), np.int32)  # per row of the device state
         self._row_params[-1] = padding_params()
         self._drafter = program.drafter
@@ -169,7 +174,7 @@ class Executor:
 
     def forward(self, plan: StepPlan) -> StartedStep:
         """Start the forward pass of one step and return at once. `sample` must follow before the next step's."""
-        bucket = self.program.buckets.choose(plan.num_tokens, len(plan.items), plan.has_drafts)
+        bucket = self.executables.choose(self.program.buckets, plan.num_tokens, len(plan.items), plan.has_drafts)
         layout = self.program.layout(bucket)
         for item in plan.items:
             if item.starts_row:
@@ -192,23 +197,23 @@ class Executor:
         assert self._drafter is not None
         program = self.program
         tables, known = self._forward_state.block_tables, self._sample_state.rows
-        device = DeviceView(tables, known, program.buckets, program.layout, self._run.of_drafter)
+        device = DeviceView(tables, known, program.buckets, program.layout, self.executables.of_drafter)
         self._draft_state = self._drafter.prepare(plan, self._draft_state, device)
 
     def _forward(self, plan: StepPlan, bucket: Bucket, variant: SamplerVariant, packed: np.ndarray) -> StartedStep:
         """Drafts, if the device makes them, then the forward pass."""
         drafter, known, draft_ids = self._drafter, self._sample_state.rows, None
         if drafter is not None and bucket.num_logits > 1:
-            draft_ids, self._forward_state, self._draft_state = self._run.draft(bucket, variant)(
+            draft_ids, self._forward_state, self._draft_state = self.executables.draft(bucket, variant)(
                 drafter.weights, self._forward_state, self._draft_state, known, packed
             )
-        hidden, logits, sampling, self._forward_state, streams = self._run.forward(bucket)(
+        hidden, logits, sampling, self._forward_state, streams = self.executables.forward(bucket)(
             self._params, self._forward_state, known, packed, draft_ids
         )
         if drafter is not None and drafter.observes:
             tables = self._forward_state.block_tables
             seen = hidden if streams is None else streams
-            self._draft_state = self._run.observe(bucket)(
+            self._draft_state = self.executables.observe(bucket)(
                 drafter.weights, self._draft_state, tables, known, packed, draft_ids, seen
             )
         return StartedStep(plan, bucket, variant, logits, hidden, sampling, draft_ids)
@@ -223,11 +228,11 @@ class Executor:
         """
         plan, logits, hidden = started.plan, started.logits, started.hidden
         if mask is not None:
-            logits = self._run.mask(started.bucket.num_logit_rows)(logits, mask)
+            logits = self.executables.mask(started.bucket.num_logit_rows)(logits, mask)
         if started.bucket.num_logits > 1:
-            sample = self._run.verify(started.bucket, started.variant)
+            sample = self.executables.verify(started.bucket, started.variant)
         else:
-            sample = self._run.sample(started.bucket.num_seqs, started.variant)
+            sample = self.executables.sample(started.bucket.num_seqs, started.variant)
         sampled, self._sample_state = sample(logits, started.sampling, self._sample_state)
         step = InFlightStep(
             plan,
@@ -237,7 +242,7 @@ class Executor:
             else None,
             hidden if any(i.sequence.prompt_logprobs is not None for i in plan.items) else None,
             started.bucket,
-            pool_step(plan, hidden, self._run.pool(started.bucket.num_tokens)),
+            pool_step(plan, hidden, self.executables.pool),
         )
         jax.tree.map(lambda array: array.copy_to_host_async(), step.sampled)
         return step
@@ -258,7 +263,7 @@ class Executor:
         if many:
             views["num_drafts"][:] = bucket.num_logits - 1
         started = self._forward(StepPlan(-1, ()), bucket, variant, packed)
-        sample = self._run.verify(bucket, variant) if many else self._run.sample(bucket.num_seqs, variant)
+        sample = self.executables.verify(bucket, variant) if many else self.executables.sample(bucket.num_seqs, variant)
         sampled, self._sample_state = sample(started.logits, started.sampling, self._sample_state)
         return sampled
 
@@ -280,7 +285,7 @@ class Executor:
         packed = np.zeros((TABLE_UPDATES, UPDATE_WIDTH), np.int32)
         packed[:, 0] = self.program.limits.max_num_seqs
         packed[: len(updates)] = updates
-        self._forward_state = self._run.update_tables(self._forward_state, packed)
+        self._forward_state = self.executables.update_tables(self._forward_state, packed)
 
     def _start_row(self, item: ScheduledSequence) -> None:
         """A sequence takes over a row: keep its parameters, and tell the sampler's state what it needs to know."""
@@ -319,6 +324,6 @@ class Executor:
             rows[:count] = hidden[offset : offset + count]
             targets = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
             targets[:count] = prompt[first : first + count]
-            logits, scores = self._run.score(self._params, rows, targets)
+            logits, scores = self.executables.score(self._params, rows, targets)
             full = _log_softmax(logits) if needs_full_logprobs(params.prompt_logprobs) else None
             yield PromptScore(item.sequence, first, count, jax.tree.map(np.asarray, scores), full)

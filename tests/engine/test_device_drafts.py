@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.builder import BuiltEngine
+from engine.built import BuiltEngine
 from engine.core import EngineCore
 from engine.errors import ConfigError, QuireError
 from engine.outputs import RequestOutput
