@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from engine.built import BuiltEngine, Prepared, Stopwatch
+from engine.bundle.load import load_bundle, open_bundle, require_right
+from engine.bundle.manifest import is_bundle
 from engine.config import QUANTIZATIONS, EngineConfig, Environment, ModelLoadConfig, reserve_gpu_memory
 from engine.core import CoreOptions, EngineCore
 from engine.errors import ConfigError, InvalidRequestError
@@ -21,7 +25,7 @@ from engine.runtime.executables import ModelProgram
 from engine.runtime.executor import Executor
 from engine.runtime.filling import Filling
 from engine.runtime.limits import RuntimeLimits, resolve_limits
-from engine.runtime.lookup import Executables, first_keys
+from engine.runtime.lookup import Executables
 from engine.runtime.memory import MemoryLedger, leaves_much, memory_limit, plan_blocks, require_one_request
 from engine.runtime.progress import Report, progress_bar
 from engine.runtime.speculation import make_speculator
@@ -58,7 +62,16 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
 def _build(config: EngineConfig) -> BuiltEngine:
     environment = Environment.read()
     reserve_gpu_memory(config.cache.gpu_memory_utilization)  # before anything looks at the devices
-    return assemble(config, prepare(config, environment))
+    if not is_bundle(Path(config.load.model).expanduser()):
+        return assemble(config, prepare(config, environment))
+    config, manifest = open_bundle(config)
+    built = assemble(config, load_bundle(config, manifest, environment))
+    try:
+        require_right(built, manifest)
+    except BaseException:
+        built.close()
+        raise
+    return built
 
 
 def prepare(config: EngineConfig, environment: Environment) -> Prepared:
@@ -73,7 +86,8 @@ def prepare(config: EngineConfig, environment: Environment) -> Prepared:
         options = fetch_options(config.load, environment, report)
         files = resolve_model(config.load.model, options, config.load.revision)
         tokenizer_path = _tokenizer_path(config.load, files, options)
-    default_sampling = _default_sampling(config.load, files)
+    generation = dict(read_generation_config(files.path))
+    _default_sampling(config.load, generation)  # what is wrong with it is said before anything is loaded
     watch.mark("resolve")
     with ThreadPoolExecutor(1) as beside:
         tokenizer = beside.submit(_load_tokenizer, tokenizer_path)
@@ -88,8 +102,7 @@ def prepare(config: EngineConfig, environment: Environment) -> Prepared:
         watch.mark("size")
         grammars = beside.submit(make_grammars, tokenizer, loaded.config)
         filling = Filling.of(program.jobs(loaded.params), config.compile)
-        executables = start_filling(filling, program, config)
-        watch.mark("compile")
+        filling.start()
         return Prepared(
             model=loaded.config,
             params=loaded.params,
@@ -97,39 +110,40 @@ def prepare(config: EngineConfig, environment: Environment) -> Prepared:
             implementations=_implementations(loaded),
             program=program,
             ledger=ledger,
-            executables=executables,
+            executables=Executables(filling),
             tokenizer=tokenizer.result(),
             grammars=grammars.result(),
             tokenizer_path=tokenizer_path,
-            default_sampling=default_sampling,
+            default_sampling=_default_sampling(config.load, generation),
+            generation=generation,
             watch=watch,
         )
 
 
-def start_filling(filling: Filling, program: ModelProgram, config: EngineConfig) -> Executables:
-    """Begin to make executables, and wait for those that have to be there before the engine is ready.
-
-    Raises:
-        Exception: as making one of them raised.
-    """
-    filling.start()
+def _wait_for_executables(config: EngineConfig, parts: Prepared) -> None:
     background = bool(config.compile.compile_in_background)
     if background and config.speculative.settings is not None:
         logger.info("compile_in_background: no, since speculative decoding measures every step shape at the start")
         background = False
-    try:
-        with progress_bar("compiling", show=config.compile.show_progress) as report:
-            filling.wait_for_first(first_keys(program.buckets) if background else filling.keys, report)
-    except BaseException:
-        filling.stop()
-        raise
-    return Executables(filling)
+    with progress_bar("compiling", show=config.compile.show_progress) as report:
+        parts.executables.wait_for_first(parts.program.buckets, report, background=background)
 
 
 def assemble(config: EngineConfig, parts: Prepared) -> BuiltEngine:
-    """A core from its parts."""
+    """A core from its parts, once the executables are there that have to be.
+
+    Raises:
+        Exception: as making one of them raised.
+    """
     limits, model, ledger = parts.program.limits, parts.model, parts.ledger
-    executor = Executor(parts.program, parts.params, parts.executables)
+    try:
+        executor = Executor(parts.program, parts.params, parts.executables)
+        parts.watch.mark("state")
+        _wait_for_executables(config, parts)
+    except BaseException:
+        parts.executables.close()
+        raise
+    parts.watch.mark("compile")
     if config.kernels.pin_cpu_threads and jax.devices()[0].platform == "cpu":
         pin_workers()
     core = EngineCore(
@@ -142,7 +156,7 @@ def assemble(config: EngineConfig, parts: Prepared) -> BuiltEngine:
     )
     model_limits = ModelLimits(model.vocab_size, limits.max_model_len, config.load.max_logprobs, model.eos_token_ids)
     inputs = InputProcessor(model_limits, parts.tokenizer, config.load.seed)
-    parts.watch.mark("state")
+    parts.watch.mark("core")
     return BuiltEngine(core, inputs, parts, config)
 
 
@@ -179,7 +193,7 @@ def make_grammars(tokenizer: Future[Tokenizer | None], model: ModelConfig) -> Gr
     return None if loaded is None else GrammarCompiler(loaded, model.vocab_size, model.eos_token_ids)
 
 
-def _default_sampling(config: ModelLoadConfig, files: ModelFiles) -> SamplingParams:
+def _default_sampling(config: ModelLoadConfig, generation: Mapping[str, Any]) -> SamplingParams:
     """What a request gets that brings no parameters.
 
     Raises:
@@ -188,7 +202,7 @@ def _default_sampling(config: ModelLoadConfig, files: ModelFiles) -> SamplingPar
     if config.generation_config == "none":
         return SamplingParams()
     try:
-        return sampling_defaults(read_generation_config(files.path))
+        return sampling_defaults(generation)
     except InvalidRequestError as error:
         raise ConfigError(f"The model's generation_config.json: {error} Set generation_config='none'.") from error
 

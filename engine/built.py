@@ -31,8 +31,8 @@ class Stopwatch:
 
     Attributes:
         times: "resolve": the model's files; "load": weights, onto the device; "size": how many KV blocks fit;
-            "compile": executables, as many as had to be there, compiled or read; "state": the device's state and the
-            core.
+            "state": the device's state; "compile": executables, as many as had to be there, compiled or read, as far as
+            they were not made beside the rest; "core": what is left; "probe": of a bundle.
     """
 
     times: dict[str, float] = field(default_factory=dict)
@@ -60,6 +60,7 @@ class Prepared:
         tokenizer, grammars: None with `skip_tokenizer_init`.
         tokenizer_path: what another process loads the tokenizer from.
         default_sampling: what a request gets that brings no parameters.
+        generation: the model's generation_config.json.
         watch: of the start.
     """
 
@@ -74,6 +75,7 @@ class Prepared:
     grammars: GrammarCompiler | None
     tokenizer_path: Path | None
     default_sampling: SamplingParams
+    generation: dict[str, Any]
     watch: Stopwatch
 
 

@@ -57,11 +57,13 @@ def attention_problem(config: ModelConfig, limits: RuntimeLimits, kernels: Kerne
     )
 
 
-def structure_of(config: ModelConfig, limits: RuntimeLimits, kernels: KernelConfig) -> FunctionalModel[Decoder]:
+def structure_of(
+    config: ModelConfig, limits: RuntimeLimits, kernels: KernelConfig, *, lazy: bool = False
+) -> FunctionalModel[Decoder]:
     """A decoder's structure: what it is, and what runs its attention and its products."""
     problem = attention_problem(config, limits, kernels)
     build = partial(Decoder, config, problem, dtype=limits.dtype, matmul=kernels.matmul_implementation)
-    return FunctionalModel(build)
+    return FunctionalModel(build, lazy=lazy)
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,10 @@ class Filling:
                 self._changed.wait()
             self._raise_failed(set(self._jobs))
 
+    def by_name(self) -> dict[str, Compiled]:
+        """What is there, by name."""
+        return {self._jobs[key].name: compiled for key, compiled in list(self.ready.items())}
+
     def wait_for(self, key: Hashable) -> Compiled:
         """The executable of a key, made next if it is not there yet.
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from engine.runtime.buckets import Bucket, BucketTable
 from engine.runtime.filling import Compiled, Filling, FillingStats, Job
+from engine.runtime.progress import Report
 from engine.runtime.sampling import SamplerVariant
 
 FIRST_PROMPT_TOKENS = 64  # most first prompts are no longer
-FIRST_VARIANTS = (SamplerVariant.GREEDY, SamplerVariant.RANDOM)
 KINDS = ("sample", "forward", "mask", "update_tables", "score", "pool")  # of the rest, in this order; others last
 
 
@@ -18,18 +18,19 @@ def first_keys(table: BucketTable) -> list[Hashable]:
     """What a first request needs: a prompt of `FIRST_PROMPT_TOKENS` alone, then a token at a time."""
     alone = Bucket(1, 1)
     prompt = table.choose(min(FIRST_PROMPT_TOKENS, table.max_num_tokens), 1)
-    return _with_sampling([alone, prompt])
+    return _with_sampling([alone, prompt], list(SamplerVariant))
 
 
 def hull_keys(table: BucketTable) -> list[Hashable]:
     """What any step of decoding, and any step at all, fits in: with these nothing has to wait."""
     decode = Bucket(table.max_num_seqs, table.max_num_seqs)
-    return _with_sampling([decode, table.choose(table.max_num_tokens, table.max_num_seqs)])
+    largest = table.choose(table.max_num_tokens, table.max_num_seqs)
+    return _with_sampling([decode, largest], [SamplerVariant.GREEDY, SamplerVariant.RANDOM])
 
 
-def _with_sampling(buckets: Sequence[Bucket]) -> list[Hashable]:
+def _with_sampling(buckets: Sequence[Bucket], variants: Sequence[SamplerVariant]) -> list[Hashable]:
     sizes = {bucket.num_seqs for bucket in buckets}
-    sampling = [("sample", size, variant) for size in sorted(sizes) for variant in FIRST_VARIANTS]
+    sampling = [("sample", size, variant) for size in sorted(sizes) for variant in variants]
     return [*(("forward", bucket) for bucket in buckets), *sampling]
 
 
@@ -71,6 +72,20 @@ class Executables:
             Exception: as making one of them raised.
         """
         self._filling.wait_for_all()
+
+    def wait_for_first(self, table: BucketTable, report: Report, *, background: bool) -> None:
+        """Wait for what has to be there before an engine is ready: with `background` what a first request needs, else
+        all.
+
+        Raises:
+            Exception: as making one of them raised.
+        """
+        self._filling.wait_for_first(first_keys(table) if background else self._filling.keys, report)
+
+    def by_name(self) -> dict[str, Compiled]:
+        """All of them, by the names of their jobs; waits for them."""
+        self.wait_for_all()
+        return self._filling.by_name()
 
     def close(self) -> None:
         """Make no more of them."""
