@@ -18,9 +18,10 @@ from engine.core import CoreOptions, EngineCore
 from engine.output_processor import OutputProcessor
 from engine.requests.request import Request
 from engine.runtime.compile import COUNTER
-from engine.runtime.executables import Executables, ModelProgram
+from engine.runtime.executables import ModelProgram
 from engine.runtime.executor import Executor
 from engine.runtime.limits import RuntimeLimits
+from engine.runtime.lookup import Executables
 from engine.runtime.sampling import SampledTokens, SamplerVariant
 from engine.sampling_params import RequestOutputKind, SamplingParams
 from engine.scheduling.block_pool import BlockPool

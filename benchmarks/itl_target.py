@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.markdown import table
-from engine.builder import BuiltEngine, build_engine
+from engine.builder import build_engine
+from engine.built import BuiltEngine
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.sampling_params import RequestOutputKind, SamplingParams

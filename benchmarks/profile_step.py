@@ -24,7 +24,8 @@ from benchmarks.markdown import table
 from benchmarks.profiling.attribution import Interval, mean_step, undisturbed_steps
 from benchmarks.profiling.categories import UNKNOWN, category, order
 from benchmarks.profiling.traffic import HOST_PARTS, Observed, Situation, bucket_of, instructions_of, observe
-from engine.builder import BuiltEngine, build_engine
+from engine.builder import build_engine
+from engine.built import BuiltEngine
 from engine.config import EngineConfig
 from engine.errors import QuireError
 from serving.bench.machine import machine

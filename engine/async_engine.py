@@ -12,7 +12,8 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
-from engine.builder import BuiltEngine, build_engine
+from engine.builder import build_engine
+from engine.built import BuiltEngine
 from engine.client import EngineInfo, RequestTimeline, StepEvent
 from engine.config import EngineConfig
 from engine.driver import Driver, Event
@@ -162,6 +163,7 @@ class AsyncEngine:
         if self._thread.is_alive():
             self._driver.stop()
             self._thread.join()
+        self._built.close()
 
     async def close(self) -> None:
         """`shutdown`, without blocking the event loop."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from engine.client import EngineInfo
+from engine.built import BuiltEngine, Prepared, Stopwatch
+from engine.bundle.load import load_bundle, open_bundle, require_right
+from engine.bundle.manifest import is_bundle
 from engine.config import DETERMINISTIC, QUANTIZATIONS, EngineConfig, Environment, ModelLoadConfig, reserve_gpu_memory
 from engine.core import CoreOptions, EngineCore
 from engine.errors import ConfigError, InvalidRequestError
@@ -20,10 +22,12 @@ from engine.output_processor import OutputProcessor
 from engine.replay.recorder import RecordingExecutor, header_of
 from engine.runtime.compile import COUNTER, enable_persistent_cache
 from engine.runtime.drafting.build import make_drafter
-from engine.runtime.executables import Executables, ModelProgram, compile_program
+from engine.runtime.executables import ModelProgram
 from engine.runtime.executor import Executor
+from engine.runtime.filling import Filling
 from engine.runtime.limits import RuntimeLimits, resolve_limits
-from engine.runtime.memory import MemoryLedger, memory_limit, plan_blocks, require_one_request
+from engine.runtime.lookup import Executables
+from engine.runtime.memory import MemoryLedger, leaves_much, memory_limit, plan_blocks, require_one_request
 from engine.runtime.progress import Report, progress_bar
 from engine.runtime.speculation import make_speculator
 from engine.runtime.threads import pin_workers
@@ -32,7 +36,6 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.limits import SchedulerLimits
 from engine.scheduling.pace import PromptPace
 from engine.scheduling.scheduler import Scheduler
-from engine.snapshot import snapshot
 from engine.speculative.settings import HEADS
 from engine.structured.compiler import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
@@ -51,84 +54,6 @@ from pallas_kernels.rowwise import RowwiseProblem
 logger = logging.getLogger("quire")
 
 
-@dataclass(frozen=True)
-class StartTimes:
-    """Seconds of each part of the start."""
-
-    resolve_s: float
-    load_s: float
-    compile_s: float
-
-
-@dataclass(frozen=True)
-class BuiltEngine:
-    """A core, ready to serve, and what it was built from."""
-
-    core: EngineCore
-    inputs: InputProcessor
-    tokenizer: Tokenizer | None
-    model: ModelConfig
-    limits: RuntimeLimits
-    ledger: MemoryLedger
-    times: StartTimes
-    num_executables: int
-    implementations: dict[str, str]
-    quantization: str | None
-    default_sampling: SamplingParams
-    tokenizer_path: Path | None
-    config: EngineConfig
-
-    def info(self) -> EngineInfo:
-        """What a client needs to know."""
-        return EngineInfo(
-            model=self.config.load.model,
-            vocab_size=self.model.vocab_size,
-            embedding_size=self.model.hidden_size,
-            max_model_len=self.limits.max_model_len,
-            max_num_seqs=self.limits.max_num_seqs,
-            max_logprobs=self.config.load.max_logprobs,
-            eos_token_ids=tuple(self.model.eos_token_ids),
-            num_kv_blocks=self.ledger.num_blocks - 1,
-            block_size=self.limits.block_size,
-            priorities=self.config.scheduler.scheduling_policy == "priority",
-            default_sampling=self.default_sampling,
-            description=self.describe(),
-        )
-
-    def snapshot(self) -> dict[str, Any]:
-        """Counters and gauges of this moment, and the settings that they are to be read with."""
-        cache = {
-            "block_size": self.limits.block_size,
-            "num_gpu_blocks": self.ledger.num_blocks - 1,
-            "cache_dtype": self.limits.kv_dtype,
-            "enable_prefix_caching": self.config.cache.enable_prefix_caching,
-            "gpu_memory_utilization": self.config.cache.gpu_memory_utilization,
-        }
-        return {**snapshot(self.core), "cache_config": cache}
-
-    def describe(self) -> dict[str, Any]:
-        """What was built, for logs and for users."""
-        device = jax.devices()[0]
-        return {
-            "model_family": self.model.family,
-            "vocab_size": self.model.vocab_size,
-            "device": f"{device.platform}:{device.device_kind}",
-            "dtype": self.limits.dtype,
-            "kv_cache_dtype": self.limits.kv_dtype,
-            "quantization": self.quantization,
-            "implementations": dict(self.implementations),
-            "max_model_len": self.limits.max_model_len,
-            "max_num_seqs": self.limits.max_num_seqs,
-            "max_num_batched_tokens": self.limits.max_num_batched_tokens,
-            "block_size": self.limits.block_size,
-            "num_kv_blocks": self.ledger.num_blocks - 1,
-            "kv_cache_tokens": (self.ledger.num_blocks - 1) * self.limits.block_size,
-            "memory": str(self.ledger),
-            "num_executables": self.num_executables,
-            "start_s": {"resolve": self.times.resolve_s, "load": self.times.load_s, "compile": self.times.compile_s},
-        }
-
-
 def build_engine(config: EngineConfig) -> BuiltEngine:
     """Build everything and compile every executable.
 
@@ -144,74 +69,117 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
 
 
 def _build(config: EngineConfig) -> BuiltEngine:
-    environment, started = Environment.read(), time.monotonic()
+    environment = Environment.read()
     reserve_gpu_memory(config.cache.gpu_memory_utilization)  # before anything looks at the devices
+    if not is_bundle(Path(config.load.model).expanduser()):
+        return assemble(config, prepare(config, environment))
+    config, manifest = open_bundle(config)
+    built = assemble(config, load_bundle(config, manifest, environment))
+    try:
+        require_right(built, manifest)
+    except BaseException:
+        built.close()
+        raise
+    return built
+
+
+def prepare(config: EngineConfig, environment: Environment) -> Prepared:
+    """Resolve, load, size, and compile as much as a first request needs, or all.
+
+    Raises:
+        As `build_engine`.
+    """
+    watch = Stopwatch()
     show = config.compile.show_progress
     with progress_bar("fetching", show=show) as report:
         options = fetch_options(config.load, environment, report)
         files = resolve_model(config.load.model, options, config.load.revision)
         tokenizer_path = _tokenizer_path(config.load, files, options)
-        tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path)
-    default_sampling = _default_sampling(config.load, files)
-    resolved = time.monotonic()
-    with progress_bar("loading weights", show=show) as report:
-        loaded = load_weights(config.load, files.path, report)
-    loaded_at = time.monotonic()
+    generation = dict(read_generation_config(files.path))
+    _default_sampling(config.load, generation)  # what is wrong with it is said before anything is loaded
+    watch.mark("resolve")
+    with ThreadPoolExecutor(1) as beside:
+        tokenizer = beside.submit(_load_tokenizer, tokenizer_path)
+        with progress_bar("loading weights", show=show) as report:
+            loaded = load_weights(config.load, files.path, report)
+        draft = None
+        if config.speculative.settings is not None and config.speculative.settings.model is not None:
+            draft = _load_draft(config, environment, loaded)
+        watch.mark("load")
+        native.configure(environment.cache_dir / "native", config.kernels.cpu_compiler)
+        ledger, program = make_program(config, loaded, environment.cache_dir / "xla", draft)
+        watch.mark("size")
+        grammars = beside.submit(make_grammars, tokenizer, loaded.config)
+        filling = Filling.of(program.jobs(loaded.params), config.compile)
+        filling.start()
+        return Prepared(
+            model=loaded.config,
+            params=loaded.params,
+            quantization=loaded.quantization,
+            implementations=_implementations(loaded),
+            program=program,
+            ledger=ledger,
+            executables=Executables(filling),
+            tokenizer=tokenizer.result(),
+            grammars=grammars.result(),
+            tokenizer_path=tokenizer_path,
+            default_sampling=_default_sampling(config.load, generation),
+            generation=generation,
+            watch=watch,
+        )
 
-    draft = None
-    if config.speculative.settings is not None and config.speculative.settings.model is not None:
-        draft = _load_draft(config, environment, loaded)
-    native.configure(environment.cache_dir / "native", config.kernels.cpu_compiler)
-    ledger, program = make_program(config, loaded, environment.cache_dir / "xla", draft)
-    limits = program.limits
-    with progress_bar("compiling", show=show) as report, ThreadPoolExecutor(1) as beside:
-        grammars = beside.submit(_make_grammars, tokenizer, loaded.config)
-        executables = compile_program(program, loaded.params, config.compile, report)
-    executor = _make_executor(config, program, loaded.params, executables, ledger.num_blocks)
+
+def _wait_for_executables(config: EngineConfig, parts: Prepared) -> None:
+    background = bool(config.compile.compile_in_background)
+    if background and config.speculative.settings is not None:
+        logger.info("compile_in_background: no, since speculative decoding measures every step shape at the start")
+        background = False
+    with progress_bar("compiling", show=config.compile.show_progress) as report:
+        parts.executables.wait_for_first(parts.program.buckets, report, background=background)
+
+
+def assemble(config: EngineConfig, parts: Prepared) -> BuiltEngine:
+    """A core from its parts, once the executables are there that have to be.
+
+    Raises:
+        Exception: as making one of them raised.
+    """
+    limits, model, ledger = parts.program.limits, parts.model, parts.ledger
+    try:
+        executor = _make_executor(config, parts)
+        parts.watch.mark("state")
+        _wait_for_executables(config, parts)
+    except BaseException:
+        parts.executables.close()
+        raise
+    parts.watch.mark("compile")
     if config.kernels.pin_cpu_threads and jax.devices()[0].platform == "cpu":
         pin_workers()
-    times = StartTimes(resolved - started, loaded_at - resolved, time.monotonic() - loaded_at)
     core = EngineCore(
-        Scheduler(_scheduler_limits(config, limits), BlockPool(ledger.num_blocks), _pace(config, program)),
+        Scheduler(_scheduler_limits(config, limits), BlockPool(ledger.num_blocks), _pace(config, parts.program)),
         executor,
-        OutputProcessor(tokenizer),
+        OutputProcessor(parts.tokenizer),
         CoreOptions(overlap=config.scheduler.async_scheduling),
-        grammars.result(),
+        parts.grammars,
         make_speculator(config.speculative.settings, executor),
     )
-    model_limits = ModelLimits(
-        loaded.config.vocab_size, limits.max_model_len, config.load.max_logprobs, loaded.config.eos_token_ids
-    )
-    inputs = InputProcessor(model_limits, tokenizer, config.load.seed)
-    return BuiltEngine(
-        core=core,
-        inputs=inputs,
-        tokenizer=tokenizer,
-        model=loaded.config,
-        limits=limits,
-        ledger=ledger,
-        times=times,
-        num_executables=len(executables),
-        implementations=_implementations(loaded),
-        quantization=loaded.quantization,
-        default_sampling=default_sampling,
-        tokenizer_path=tokenizer_path,
-        config=config,
-    )
+    model_limits = ModelLimits(model.vocab_size, limits.max_model_len, config.load.max_logprobs, model.eos_token_ids)
+    inputs = InputProcessor(model_limits, parts.tokenizer, config.load.seed)
+    parts.watch.mark("core")
+    return BuiltEngine(core, inputs, parts, config)
 
 
-def _make_executor(
-    config: EngineConfig, program: ModelProgram, params: Params, executables: Executables, num_blocks: int
-) -> Executor:
+def _make_executor(config: EngineConfig, parts: Prepared) -> Executor:
     """The executor; one that records, if the config says so.
 
     Raises:
         CacheWriteError: the recording cannot be made.
     """
+    program, params, executables = parts.program, parts.params, parts.executables
     if config.debug.record is None:
         return Executor(program, params, executables)
     path = Path(config.debug.record).expanduser()
-    return RecordingExecutor(program, params, executables, path, header_of(config, program, num_blocks))
+    return RecordingExecutor(program, params, executables, path, header_of(config, program, parts.ledger.num_blocks))
 
 
 def fetch_options(config: ModelLoadConfig, environment: Environment, report: Report) -> FetchOptions:
@@ -237,11 +205,17 @@ def _implementations(loaded: LoadedModel) -> dict[str, str]:
     return chosen if loaded.quantization else {name: chosen[name] for name in chosen if name != "quantized_matmul"}
 
 
-def _make_grammars(tokenizer: Tokenizer | None, model: ModelConfig) -> GrammarCompiler | None:
-    return None if tokenizer is None else GrammarCompiler(tokenizer, model.vocab_size, model.eos_token_ids)
+def _load_tokenizer(path: Path | None) -> Tokenizer | None:
+    return None if path is None else Tokenizer.load(path)
 
 
-def _default_sampling(config: ModelLoadConfig, files: ModelFiles) -> SamplingParams:
+def make_grammars(tokenizer: Future[Tokenizer | None], model: ModelConfig) -> GrammarCompiler | None:
+    """The compiler of grammars, once there is a tokenizer; None without one."""
+    loaded = tokenizer.result()
+    return None if loaded is None else GrammarCompiler(loaded, model.vocab_size, model.eos_token_ids)
+
+
+def _default_sampling(config: ModelLoadConfig, generation: Mapping[str, Any]) -> SamplingParams:
     """What a request gets that brings no parameters.
 
     Raises:
@@ -250,7 +224,7 @@ def _default_sampling(config: ModelLoadConfig, files: ModelFiles) -> SamplingPar
     if config.generation_config == "none":
         return SamplingParams()
     try:
-        return sampling_defaults(read_generation_config(files.path))
+        return sampling_defaults(generation)
     except InvalidRequestError as error:
         raise ConfigError(f"The model's generation_config.json: {error} Set generation_config='none'.") from error
 
@@ -335,7 +309,8 @@ def _require_deterministic(model: ModelConfig) -> None:
 
 
 def _size(config: EngineConfig, smallest: ModelProgram, params: Params) -> tuple[MemoryLedger, ModelProgram]:
-    """Choose the number of KV blocks: guess, compile the largest bucket, ask XLA what it takes, correct the guess.
+    """Choose the number of KV blocks: guess, compile the largest bucket, ask XLA what it takes, correct the guess. Who
+    is in a hurry, and has so much memory that the guess cannot be wrong, is spared the compilation.
 
     Raises:
         OutOfMemoryError: not even one request of `max_model_len` fits.
@@ -360,6 +335,8 @@ def _size(config: EngineConfig, smallest: ModelProgram, params: Params) -> tuple
     guess = ledger_for(0)
     require_one_request(guess, max_model_len=limits.max_model_len, block_size=limits.block_size)
     program = smallest.with_pages(max(2, guess.num_blocks))
+    if config.compile.compile_in_background and leaves_much(guess):
+        return guess, program
     stats = program.lower_forward(program.largest, params).compile().memory_analysis()
     temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     ledger = ledger_for(temporaries)

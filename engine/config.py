@@ -81,6 +81,9 @@ class ModelLoadConfig:
     max_model_len: int | None = _setting(None, "longest prompt + output, in tokens; default: the model's own limit")
     revision: str | None = _setting(None, "branch, tag or commit of the hub repository")
     download_dir: str | None = _setting(None, "where downloaded models are kept; default: the user's cache")
+    trust_bundle: bool = _setting(
+        False, "load a bundle although others could have written it: it is machine code that runs with your rights"
+    )
     generation_config: str = _setting(
         "auto",
         "sampling where a request says nothing: auto = as the model's generation_config.json",
@@ -183,6 +186,11 @@ class CompileConfig:
     )
     compile_threads: int | None = _setting(
         None, "executables compiled at a time; default: the number of cores, at most 8"
+    )
+    compile_in_background: bool | None = _setting(
+        None,
+        "start as soon as a first request can be answered, and make the other executables meanwhile; default: yes in "
+        "serve, generate and chat, and of a bundle",
     )
     show_progress: bool = _setting(True, "progress bars while loading and compiling")
 
@@ -326,6 +334,11 @@ class Environment:
             offline=os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes"),
             api_keys=tuple(key for key in os.environ.get("QUIRE_API_KEY", "").split(",") if key),
         )
+
+
+def xla_flags() -> str:
+    """Flags of XLA and of its runtime, which change what it compiles."""
+    return " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")).strip()
 
 
 def worker_environment() -> dict[str, str]:

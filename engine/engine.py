@@ -12,7 +12,8 @@ import numpy as np
 from rich.progress import Progress
 
 from engine.beam_search import beam_search
-from engine.builder import BuiltEngine, build_engine
+from engine.builder import build_engine
+from engine.built import BuiltEngine
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, InvalidRequestError, RequestFailedError
 from engine.input_processor import Prompt
@@ -206,6 +207,12 @@ class Engine:
         with self._lock:
             return self._parts.snapshot()
 
+    def wait_until_compiled(self) -> None:
+        """Return when every executable is there: at once, unless `compile_in_background` is set. A measurement that
+        begins before measures the compiler as well.
+        """
+        self._parts.parts.executables.wait_for_all()
+
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes; running requests go on."""
         with self._lock:
@@ -215,6 +222,8 @@ class Engine:
 
     def shutdown(self) -> None:
         """Free the device. Further calls raise EngineDeadError."""
+        if self._built is not None:
+            self._built.close()
         self._built = None
 
     def __enter__(self) -> Engine:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from models.errors import CacheWriteError, ModelNotFoundError, QuireError, UnsupportedModelError, WeightsError
 
 __all__ = [
+    "BundleError",
     "CacheWriteError",
     "ConfigError",
     "ContextLengthError",
@@ -23,6 +24,10 @@ __all__ = [
     "UnsupportedModelError",
     "WeightsError",
 ]
+
+
+class BundleError(QuireError, ValueError):
+    """A bundle must not be used: damaged, made for something else, or somebody else's; says what to do."""
 
 
 class ConfigError(QuireError, ValueError):

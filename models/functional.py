@@ -7,6 +7,7 @@ as in `models.parameters` are what checkpoints are loaded under.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -28,15 +29,27 @@ class FunctionalModel[M: nnx.Module]:
 
     Args:
         build: makes the module; it is only traced, so no array of it ever exists.
+        lazy: trace it when it is first asked for, outside of any trace: executables that are only read never ask.
     """
 
-    def __init__(self, build: Callable[[], M]) -> None:
-        self._graph, state = nnx.split(nnx.eval_shape(build))
-        self._state = state
-        # As if nothing were packed.
-        self.shapes: dict[str, jax.ShapeDtypeStruct] = {
-            _name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)
-        }
+    def __init__(self, build: Callable[[], M], *, lazy: bool = False) -> None:
+        self._build = build
+        self._lock = threading.Lock()
+        self._parts: tuple[Any, Any] | None = None
+        if not lazy:
+            self._split()
+
+    def _split(self) -> tuple[Any, Any]:
+        """Graph and state."""
+        with self._lock:
+            if self._parts is None:
+                self._parts = nnx.split(nnx.eval_shape(self._build))
+            return self._parts
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of each parameter, as if nothing were packed."""
+        return {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(self._split()[1])}
 
     def bind(self, params: Mapping[str, Weight]) -> M:
         """The module with these weights. Call inside a traced function.
@@ -44,8 +57,9 @@ class FunctionalModel[M: nnx.Module]:
         Raises:
             KeyError: a parameter is missing.
         """
-        flat = [(path, leaf.replace(params[_name(path)])) for path, leaf in nnx.to_flat_state(self._state)]
-        return nnx.merge(self._graph, nnx.from_flat_state(flat))
+        graph, state = self._split()
+        flat = [(path, leaf.replace(params[_name(path)])) for path, leaf in nnx.to_flat_state(state)]
+        return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -33,7 +33,7 @@ from serving.backend import (
     quantize_model,
     replay_recording,
 )
-from serving.bench import latency, throughput
+from serving.bench import latency, startup, throughput
 from serving.bench import serve as bench_serve
 from serving.commands import chat, convert, distill, evaluate, generate, plan, quantize, replay, serve
 from serving.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, exit_code
@@ -74,9 +74,7 @@ def main(
     Raises:
         SystemExit: `--help`, `--version`, or arguments that cannot be parsed (argparse's own ways).
     """
-    parser = build_parser(
-        engine_factory, converter, client_factory, evaluator, quantizer, distiller, planner, player
-    )
+    parser = build_parser(engine_factory, converter, client_factory, evaluator, quantizer, distiller, planner, player)
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?", not an error
@@ -124,6 +122,7 @@ def build_parser(
     latency.set_up(_command(measurements, "latency", latency.SUMMARY), engine_factory)
     throughput.set_up(_command(measurements, "throughput", throughput.SUMMARY), engine_factory)
     bench_serve.set_up(_command(measurements, "serve", bench_serve.SUMMARY))
+    startup.set_up(_command(measurements, "startup", startup.SUMMARY))
     convert.set_up(_command(commands, "convert", convert.SUMMARY), converter)
     evaluate.set_up(_command(commands, "eval", evaluate.SUMMARY), evaluator)
     distill.set_up(_command(commands, "distill-draft", distill.SUMMARY), distiller)

@@ -18,7 +18,7 @@ import jax
 from benchmarks.expected_compiles import expected_compiles
 from benchmarks.profiling.hlo import Instruction, parse
 from benchmarks.profiling.trace import Event, options, read
-from engine.builder import BuiltEngine
+from engine.built import BuiltEngine
 from engine.runtime.buckets import Bucket
 from engine.sampling_params import SamplingParams
 

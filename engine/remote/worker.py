@@ -18,7 +18,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NoReturn
 
-from engine.builder import BuiltEngine, build_engine
+from engine.builder import build_engine
+from engine.built import BuiltEngine
 from engine.config import EngineConfig
 from engine.driver import Driver, Event
 from engine.errors import EngineDeadError, QuireError, RequestFailedError

@@ -74,10 +74,15 @@ class Item(msgspec.Struct, array_like=True):
 
 
 class Forward(msgspec.Struct, tag="forward", tag_field="event"):
-    """The forward pass of a step was dispatched."""
+    """The forward pass of a step was dispatched.
+
+    Attributes:
+        bucket: fields of the `Bucket` that it ran in, which decides the order of sums; empty if dispatching it failed.
+    """
 
     step: int
     items: list[Item]
+    bucket: tuple[int, ...] = ()
 
 
 class Sample(msgspec.Struct, tag="sample", tag_field="event"):

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.builder import BuiltEngine, build_engine
+from engine.builder import build_engine
+from engine.built import BuiltEngine
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.remote.plain import from_plain
@@ -30,6 +31,7 @@ from engine.replay.recorder import digests, sampled_tokens
 from engine.replay.report import Difference, ReplayReport
 from engine.requests.request import Request
 from engine.requests.sequence import Sequence
+from engine.runtime.buckets import Bucket
 from engine.runtime.executor import InFlightStep, StartedStep, StepResult
 from engine.runtime.progress import progress_bar
 from engine.scheduling.plan import ScheduledSequence, StepPlan
@@ -107,7 +109,8 @@ class _Player:
     def _forward(self, event: Forward) -> None:
         plan = StepPlan(event.step, tuple(self._item(item) for item in event.items))
         try:
-            self._started[event.step] = self._executor.forward(plan)
+            bucket = Bucket(*event.bucket) if event.bucket else None
+            self._started[event.step] = self._executor.forward(plan, bucket)
         except Exception as error:
             self._failure = event.step, "forward", error
 

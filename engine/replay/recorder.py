@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import zlib
-from dataclasses import replace
+from dataclasses import astuple, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,8 +19,10 @@ from engine.errors import CacheWriteError
 from engine.remote.plain import to_plain
 from engine.replay.events import VERSION, Collect, Event, Failed, Forward, Header, Item, NewSequence, Reset, Sample
 from engine.requests.sequence import Sequence
-from engine.runtime.executables import Executables, ModelProgram
+from engine.runtime.buckets import Bucket
+from engine.runtime.executables import ModelProgram
 from engine.runtime.executor import Executor, InFlightStep, StartedStep, StepResult
+from engine.runtime.lookup import Executables
 from engine.scheduling.plan import ScheduledSequence, StepPlan
 from models.functional import Params
 
@@ -117,15 +119,17 @@ class RecordingExecutor(Executor):
         self._write(Reset())
         super().reset_state()
 
-    def forward(self, plan: StepPlan) -> StartedStep:
+    def forward(self, plan: StepPlan, bucket: Bucket | None = None) -> StartedStep:
         """See `Executor`."""
-        if self._file is not None:
-            self._write(Forward(plan.step_id, [self._item(item) for item in plan.items]))
+        items = [self._item(item) for item in plan.items] if self._file is not None else []
         try:
-            return super().forward(plan)
+            started = super().forward(plan, bucket)
         except Exception as error:
+            self._write(Forward(plan.step_id, items))
             self._write(Failed(plan.step_id, "forward", repr(error)))
             raise
+        self._write(Forward(plan.step_id, items, astuple(started.bucket)))
+        return started
 
     def sample(self, started: StartedStep, mask: np.ndarray | None = None) -> InFlightStep:
         """See `Executor`."""

@@ -1,4 +1,4 @@
-"""Static shapes of the executables: few and geometric, so that every one is compiled before the first request.
+"""Static shapes of the executables: few and geometric, so that all of them can be compiled ahead.
 
 A step with n tokens of s sequences runs in the smallest bucket with `num_tokens >= n` and `num_seqs >= s`. There are
 three kinds: decode buckets, one token per sequence (t, t), mixed buckets, where few (`small`) or all sequences share t
@@ -100,6 +100,10 @@ class BucketTable:
             f"no bucket for {num_tokens} tokens of {num_seqs} sequences: "
             f"at most {self.max_num_tokens}, {self.max_num_seqs}"
         )
+
+    def holding(self, num_tokens: int, num_seqs: int) -> list[Bucket]:
+        """Every bucket without drafts that holds such a step, cheapest first."""
+        return [b for b in self._others if b.num_tokens >= num_tokens and b.num_seqs >= num_seqs]
 
     # Made once: to make some thirty of them takes 70 us, which every step would pay.
 

@@ -1,15 +1,10 @@
-"""Compiles every executable before the first request, in parallel, with progress, and counts what compiles afterwards
-(nothing must).
-"""
+"""How functions are lowered, where JAX keeps what it compiled, and a count of what compiles when nothing must."""
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial, update_wrapper
 from pathlib import Path
@@ -21,25 +16,30 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from engine.config import CompileConfig
 from engine.errors import CacheWriteError
-from engine.runtime.progress import Report
 
 logger = logging.getLogger("quire.compile")
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-MOST_THREADS = 8
+
+
+class _OfThread(threading.local):
+    """Whether this thread compiles what was planned."""
+
+    expects = False
 
 
 class CompileCounter:
-    """Counts XLA compilations of this process outside of `building` blocks: once an engine is ready they are
-    defects.
+    """Counts XLA compilations of this process outside of `building` blocks, and of threads that compile what was
+    planned: once an engine is ready they are defects.
     """
 
     def __init__(self) -> None:
         self.after_ready = 0
         self._num_building = 0
+        self._thread = _OfThread()
         monitoring.register_event_duration_secs_listener(self._on_event)
 
     def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event == COMPILE_EVENT and self._num_building == 0:
+        if event == COMPILE_EVENT and self._num_building == 0 and not self._thread.expects:
             self.after_ready += 1
             logger.warning("compiled for %.2f s after the engine was ready: a shape escaped its bucket", duration_secs)
 
@@ -51,6 +51,17 @@ class CompileCounter:
             yield
         finally:
             self._num_building -= 1
+
+    @contextmanager
+    def expected(self) -> Iterator[None]:
+        """This thread, and no other, compiles what was planned, whether the engine serves already or not. (JAX tells of
+        a compilation in the thread that waits for it.)
+        """
+        self._thread.expects = True
+        try:
+            yield
+        finally:
+            self._thread.expects = False
 
 
 COUNTER = CompileCounter()
@@ -78,43 +89,6 @@ def enable_persistent_cache(config: CompileConfig, default: Path) -> Path | None
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return path
-
-
-def compile_all(
-    jobs: Iterable[tuple[Any, str, Callable[[], Any]]], config: CompileConfig, report: Report
-) -> dict[Any, Any]:
-    """Run compile jobs in parallel.
-
-    Args:
-        jobs: (key, name, function that traces, lowers and compiles), most wanted first. Tracing holds the interpreter,
-            compiling does not.
-        report: called after each.
-
-    Returns:
-        key -> executable.
-    """
-    jobs = list(jobs)
-    threads = config.compile_threads or min(MOST_THREADS, os.cpu_count() or 1)
-    done, started, compiled = 0, time.monotonic(), {}
-    lock = threading.Lock()
-    report(0, len(jobs), "")
-    with ThreadPoolExecutor(threads, thread_name_prefix="quire-compile") as pool:
-        futures = {pool.submit(_timed, name, job): (key, name) for key, name, job in jobs}
-        for future in as_completed(futures):
-            key, name = futures[future]
-            compiled[key] = future.result()
-            with lock:
-                done += 1
-            report(done, len(jobs), name)
-    logger.info("compiled %d executables in %.1f s", len(jobs), time.monotonic() - started)
-    return compiled
-
-
-def _timed(name: str, job: Callable[[], Any]) -> Any:
-    started = time.monotonic()
-    executable = job()
-    logger.debug("compiled %s in %.2f s", name, time.monotonic() - started)
-    return executable
 
 
 def lower(jitted: Any, *args: Any, donate: tuple[str, ...] = (), **static: Any) -> Any:

@@ -1,4 +1,4 @@
-"""All executables of an engine, compiled ahead of the first request."""
+"""What the executables of an engine are made from, and the list of them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from engine.config import CompileConfig, KernelConfig
+from engine.config import KernelConfig
 from engine.runtime.buckets import Bucket, BucketTable
-from engine.runtime.compile import compile_all, lower, shapes_of
+from engine.runtime.compile import lower, shapes_of
 from engine.runtime.device_state import ForwardState, SampleState, make_forward_state, make_sample_state
 from engine.runtime.drafting.drafter import DeviceDrafter, JobShapes
 from engine.runtime.drafting.steps import draft_step, observe_step
+from engine.runtime.filling import Job
 from engine.runtime.limits import RuntimeLimits
+from engine.runtime.lookup import by_need
 from engine.runtime.packing import UPDATE_WIDTH, StepLayout
 from engine.runtime.pooling import POOL_ROWS, pool_rows
-from engine.runtime.progress import Report
 from engine.runtime.sampling import SamplerVariant, make_state, state_size_bytes, warm_up_rows
 from engine.runtime.sampling.inputs import WIDTH
 from engine.runtime.step import (
@@ -41,7 +42,6 @@ from pallas_kernels.paged_attention import AttentionProblem
 DEFAULT_KERNELS = KernelConfig()
 TABLE_UPDATES = 1024  # block table entries per extra update call
 STATE = ("state",)
-Compiled = Callable[..., Any]
 
 
 def attention_problem(config: ModelConfig, limits: RuntimeLimits, kernels: KernelConfig) -> AttentionProblem:
@@ -57,11 +57,13 @@ def attention_problem(config: ModelConfig, limits: RuntimeLimits, kernels: Kerne
     )
 
 
-def structure_of(config: ModelConfig, limits: RuntimeLimits, kernels: KernelConfig) -> FunctionalModel[Decoder]:
+def structure_of(
+    config: ModelConfig, limits: RuntimeLimits, kernels: KernelConfig, *, lazy: bool = False
+) -> FunctionalModel[Decoder]:
     """A decoder's structure: what it is, and what runs its attention and its products."""
     problem = attention_problem(config, limits, kernels)
     build = partial(Decoder, config, problem, dtype=limits.dtype, matmul=kernels.matmul_implementation)
-    return FunctionalModel(build)
+    return FunctionalModel(build, lazy=lazy)
 
 
 @dataclass(frozen=True)
@@ -237,95 +239,46 @@ class ModelProgram:
         """The bucket with the most work space."""
         return max(self.buckets.all())
 
+    def jobs(self, params: Params) -> list[Job]:
+        """Every executable, those first that a first request meets. Nothing is traced before a job is run.
 
-class Executables:
-    """Compiled functions by shape. Looking one up that was not compiled is a defect and raises KeyError."""
+        Args:
+            params: weights, or their shapes.
+        """
+        buckets, jobs = self.buckets, list[Job]()
+        for bucket in buckets.all():
+            name = f"forward, {bucket.num_tokens} tokens of {bucket.num_seqs} sequences"
+            name += f", {bucket.num_logits} logits of each" if bucket.num_logits > 1 else ""
+            jobs.append(Job(("forward", bucket), name, partial(self.lower_forward, bucket, params)))
+        for seqs in sorted({b.num_seqs for b in buckets.all()}):
+            for variant in SamplerVariant:
+                name = f"{variant.name.lower()} sampling of {seqs} sequences"
+                jobs.append(Job(("sample", seqs, variant), name, partial(self.lower_sample, seqs, variant)))
+        for bucket in buckets.verify():
+            for variant in SamplerVariant:
+                name = f"{variant.name.lower()} verification of {bucket.num_seqs} sequences"
+                jobs.append(Job(("verify", bucket, variant), name, partial(self.lower_verify, bucket, variant)))
+        jobs += [Job(key, name, lowered) for key, name, lowered in self.draft_jobs()]
+        for rows in sorted({b.num_logit_rows for b in buckets.all()}):
+            jobs.append(Job(("mask", rows), f"grammar masks of {rows} rows", partial(self.lower_mask, rows)))
+        jobs.append(Job("score", "prompt scores", partial(self.lower_score, params)))
+        for tokens in sorted({b.num_tokens for b in buckets.all()}):
+            jobs.append(Job(("pool", tokens), f"pooling of {tokens} tokens", partial(self.lower_pool, tokens)))
+        jobs.append(Job("update_tables", "block table updates", self.lower_update_tables))
+        return by_need(jobs, self.buckets)
 
-    def __init__(self, compiled: dict[Any, Compiled]) -> None:
-        self._compiled = compiled
+    def lower_score(self, params: Params) -> Any:
+        """Trace and lower the scores of a part of a prompt."""
+        hidden = jax.ShapeDtypeStruct((PROMPT_LOGPROB_ROWS, self.config.hidden_size), self.limits.dtype)
+        targets = jax.ShapeDtypeStruct((PROMPT_LOGPROB_ROWS,), jnp.int32)
+        return lower(score_prompt, shapes_of(params), hidden, targets, model=self.model)
 
-    def __len__(self) -> int:
-        return len(self._compiled)
+    def lower_pool(self, num_tokens: int) -> Any:
+        """Trace and lower the sums over ranges of a step's hidden states."""
+        states = jax.ShapeDtypeStruct((num_tokens, self.config.hidden_size), self.limits.dtype)
+        return lower(pool_rows, states, jax.ShapeDtypeStruct((POOL_ROWS, 2), jnp.int32))
 
-    def forward(self, bucket: Bucket) -> Compiled:
-        """(params, state, known, packed, draft_ids) -> (hidden, logits, sampling, state, streams)."""
-        return self._compiled["forward", bucket]
-
-    def draft(self, bucket: Bucket, variant: SamplerVariant) -> Compiled:
-        """(weights, state, draft_state, known, packed) -> (draft_ids, state, draft_state)."""
-        least = SamplerVariant.GREEDY if variant is SamplerVariant.GREEDY else SamplerVariant.RANDOM
-        return self._compiled["draft", bucket, least]
-
-    def observe(self, bucket: Bucket) -> Compiled:
-        """(weights, draft_state, block_tables, known, packed, draft_ids, hidden) -> draft_state."""
-        return self._compiled["observe", bucket]
-
-    def of_drafter(self, key: Any) -> Compiled:
-        """One of `DeviceDrafter.jobs`."""
-        return self._compiled[key]
-
-    def sample(self, num_seqs: int, variant: SamplerVariant) -> Compiled:
-        """(logits, sampling, state) -> (sampled, state)."""
-        return self._compiled["sample", num_seqs, variant]
-
-    def verify(self, bucket: Bucket, variant: SamplerVariant) -> Compiled:
-        """(logits, sampling, state) -> (sampled, state)."""
-        return self._compiled["verify", bucket, variant]
-
-    def mask(self, num_rows: int) -> Compiled:
-        """(logits, mask) -> logits."""
-        return self._compiled["mask", num_rows]
-
-    def pool(self, num_tokens: int) -> Compiled:
-        """(hidden [T, E], ranges [P, 2]) -> sums [P, E], P = `POOL_ROWS`."""
-        return self._compiled["pool", num_tokens]
-
-    @property
-    def score(self) -> Compiled:
-        """(params, hidden [C, E], targets [C]) -> (logits, scores), C = `PROMPT_LOGPROB_ROWS`."""
-        return self._compiled["score"]
-
-    @property
-    def update_tables(self) -> Compiled:
-        """(state, updates) -> state."""
-        return self._compiled["update_tables"]
-
-
-def compile_program(program: ModelProgram, params: Params, config: CompileConfig, report: Report) -> Executables:
-    """Compile every bucket, those first that a first request meets."""
-    forward_state, _ = program.state_shapes()
-    buckets = program.buckets
-
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    jobs: list[tuple[Any, str, Compiled]] = []
-
-    def job(key: Any, name: str, lowered: Callable[[], Any]) -> None:
-        jobs.append((key, name, lambda: lowered().compile()))
-
-    for bucket in buckets.all():
-        name = f"forward, {bucket.num_tokens} tokens of {bucket.num_seqs} sequences"
-        job(("forward", bucket), name, partial(program.lower_forward, bucket, params))
-    for seqs in sorted({b.num_seqs for b in buckets.all()}):
-        for variant in SamplerVariant:
-            name = f"{variant.name.lower()} sampling of {seqs} sequences"
-            job(("sample", seqs, variant), name, partial(program.lower_sample, seqs, variant))
-    for bucket in buckets.verify():
-        for variant in SamplerVariant:
-            name = f"{variant.name.lower()} verification of {bucket.num_seqs} sequences"
-            job(("verify", bucket, variant), name, partial(program.lower_verify, bucket, variant))
-    for key, name, lowered in program.draft_jobs():
-        job(key, name, lowered)
-    for rows in sorted({b.num_logit_rows for b in buckets.all()}):
-        job(("mask", rows), f"grammar masks of {rows} rows", partial(program.lower_mask, rows))
-    hidden = array((PROMPT_LOGPROB_ROWS, program.config.hidden_size), program.limits.dtype)
-    targets = array((PROMPT_LOGPROB_ROWS,), jnp.int32)
-    job("score", "prompt scores", partial(lower, score_prompt, shapes_of(params), hidden, targets, model=program.model))
-    ranges = array((POOL_ROWS, 2), jnp.int32)
-    for tokens in sorted({b.num_tokens for b in buckets.all()}):
-        states = array((tokens, program.config.hidden_size), program.limits.dtype)
-        job(("pool", tokens), f"pooling of {tokens} tokens", partial(lower, pool_rows, states, ranges))
-    updates = array((TABLE_UPDATES, UPDATE_WIDTH), jnp.int32)
-    job("update_tables", "block table updates", partial(lower, update_tables, forward_state, updates, donate=STATE))
-    return Executables(compile_all(jobs, config, report))
+    def lower_update_tables(self) -> Any:
+        """Trace and lower the update of block tables that a step's own array has no room for."""
+        updates = jax.ShapeDtypeStruct((TABLE_UPDATES, UPDATE_WIDTH), jnp.int32)
+        return lower(update_tables, self.state_shapes()[0], updates, donate=STATE)

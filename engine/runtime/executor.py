@@ -17,7 +17,8 @@ from engine.requests.sequence import Sequence
 from engine.runtime.buckets import Bucket
 from engine.runtime.device_state import SampleState
 from engine.runtime.drafting.drafter import DeviceView
-from engine.runtime.executables import TABLE_UPDATES, Executables, ModelProgram
+from engine.runtime.executables import TABLE_UPDATES, ModelProgram
+from engine.runtime.lookup import Executables
 from engine.runtime.packing import UPDATE_WIDTH, block_updates, pack_step
 from engine.runtime.pooling import PooledGroup, PooledPart, pool_step
 from engine.runtime.sampling import (
@@ -143,12 +144,16 @@ def _log_softmax(logits: jax.Array) -> np.ndarray:
 
 
 class Executor:
-    """Runs steps. One thread drives it."""
+    """Runs steps. One thread drives it.
+
+    Attributes:
+        executables: what runs.
+    """
 
     def __init__(self, program: ModelProgram, params: Params, executables: Executables) -> None:
         self.program = program
         self._params = params
-        self._run = executables
+        self.executables = executables
         self._row_params = np.zeros((program.limits.max_num_seqs + 1, WIDTH), np.int32)  # per row of the device state
         self._row_params[-1] = padding_params()
         self._unusual_rows: set[int] = set()  # of sequences that are pooled, or whose prompt is scored
@@ -171,9 +176,14 @@ class Executor:
         """Start one step and return at once."""
         return self.sample(self.forward(plan))
 
-    def forward(self, plan: StepPlan) -> StartedStep:
-        """Start the forward pass of one step and return at once. `sample` must follow before the next step's."""
-        bucket = self._buckets.choose(plan.num_tokens, len(plan.items), plan.has_drafts)
+    def forward(self, plan: StepPlan, bucket: Bucket | None = None) -> StartedStep:
+        """Start the forward pass of one step and return at once. `sample` must follow before the next step's.
+
+        Args:
+            bucket: the shape to run in; None = the cheapest that holds the step and is there.
+        """
+        if bucket is None:
+            bucket = self.executables.choose(self._buckets, plan.num_tokens, len(plan.items), plan.has_drafts)
         layout = self._layouts[bucket]
         for item in plan.items:
             if item.starts_row:
@@ -196,23 +206,23 @@ class Executor:
         assert self._drafter is not None
         program = self.program
         tables, known = self._forward_state.block_tables, self._sample_state.rows
-        device = DeviceView(tables, known, self._buckets, program.layout, self._run.of_drafter)
+        device = DeviceView(tables, known, self._buckets, program.layout, self.executables.of_drafter)
         self._draft_state = self._drafter.prepare(plan, self._draft_state, device)
 
     def _forward(self, plan: StepPlan, bucket: Bucket, variant: SamplerVariant, packed: np.ndarray) -> StartedStep:
         """Drafts, if the device makes them, then the forward pass."""
         drafter, known, draft_ids = self._drafter, self._sample_state.rows, None
         if drafter is not None and bucket.num_logits > 1:
-            draft_ids, self._forward_state, self._draft_state = self._run.draft(bucket, variant)(
+            draft_ids, self._forward_state, self._draft_state = self.executables.draft(bucket, variant)(
                 drafter.weights, self._forward_state, self._draft_state, known, packed
             )
-        hidden, logits, sampling, self._forward_state, streams = self._run.forward(bucket)(
+        hidden, logits, sampling, self._forward_state, streams = self.executables.forward(bucket)(
             self._params, self._forward_state, known, packed, draft_ids
         )
         if drafter is not None and drafter.observes:
             tables = self._forward_state.block_tables
             seen = hidden if streams is None else streams
-            self._draft_state = self._run.observe(bucket)(
+            self._draft_state = self.executables.observe(bucket)(
                 drafter.weights, self._draft_state, tables, known, packed, draft_ids, seen
             )
         return StartedStep(plan, bucket, variant, logits, hidden, sampling, draft_ids)
@@ -227,11 +237,11 @@ class Executor:
         """
         plan, logits, hidden = started.plan, started.logits, started.hidden
         if mask is not None:
-            logits = self._run.mask(started.bucket.num_logit_rows)(logits, mask)
+            logits = self.executables.mask(started.bucket.num_logit_rows)(logits, mask)
         if started.bucket.num_logits > 1:
-            sample = self._run.verify(started.bucket, started.variant)
+            sample = self.executables.verify(started.bucket, started.variant)
         else:
-            sample = self._run.sample(started.bucket.num_seqs, started.variant)
+            sample = self.executables.sample(started.bucket.num_seqs, started.variant)
         sampled, self._sample_state = sample(logits, started.sampling, self._sample_state)
         asked = started.variant is SamplerVariant.FULL and any(
             i.samples and needs_full_logprobs(i.sequence.request.params.logprobs) for i in plan.items
@@ -239,7 +249,7 @@ class Executor:
         scores, pooled = False, ()
         if self._unusual_rows:
             scores = any(i.sequence.prompt_logprobs is not None for i in plan.items)
-            pooled = pool_step(plan, hidden, self._run.pool(started.bucket.num_tokens))
+            pooled = pool_step(plan, hidden, self.executables.pool)
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()
         return InFlightStep(
@@ -261,7 +271,7 @@ class Executor:
         if many:
             views["num_drafts"][:] = bucket.num_logits - 1
         started = self._forward(StepPlan(-1, ()), bucket, variant, packed)
-        sample = self._run.verify(bucket, variant) if many else self._run.sample(bucket.num_seqs, variant)
+        sample = self.executables.verify(bucket, variant) if many else self.executables.sample(bucket.num_seqs, variant)
         sampled, self._sample_state = sample(started.logits, started.sampling, self._sample_state)
         return sampled
 
@@ -283,7 +293,7 @@ class Executor:
         packed = np.zeros((TABLE_UPDATES, UPDATE_WIDTH), np.int32)
         packed[:, 0] = self.program.limits.max_num_seqs
         packed[: len(updates)] = updates
-        self._forward_state = self._run.update_tables(self._forward_state, packed)
+        self._forward_state = self.executables.update_tables(self._forward_state, packed)
 
     def _start_row(self, item: ScheduledSequence) -> None:
         """A sequence takes over a row: keep its parameters, and tell the sampler's state what it needs to know."""
@@ -324,6 +334,6 @@ class Executor:
             rows[:count] = hidden[offset : offset + count]
             targets = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
             targets[:count] = prompt[first : first + count]
-            logits, scores = self._run.score(self._params, rows, targets)
+            logits, scores = self.executables.score(self._params, rows, targets)
             full = _log_softmax(logits) if needs_full_logprobs(params.prompt_logprobs) else None
             yield PromptScore(item.sequence, first, count, jax.tree.map(np.asarray, scores), full)

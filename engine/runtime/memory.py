@@ -24,7 +24,7 @@ class MemoryLedger:
     Attributes:
         limit: what the engine may use in total.
         weights: parameters.
-        temporaries: work space of the largest executable, outputs included; 0 until it is compiled.
+        temporaries: work space of the largest executable, outputs included; 0 as long as it is not known.
         state: everything that persists besides weights and KV.
         block: one KV block, all layers.
         num_blocks: KV blocks, the null block included.
@@ -54,7 +54,7 @@ class MemoryLedger:
             "state": self.state,
             f"KV ({self.num_blocks} blocks)": self.kv,
         }
-        text = " + ".join(f"{name} {value / MIB:,.0f} MiB" for name, value in parts.items())
+        text = " + ".join(f"{name} {value / MIB:,.0f} MiB" for name, value in parts.items() if value)
         return f"{text} = {self.total / MIB:,.0f} of {self.limit / MIB:,.0f} MiB"
 
 
@@ -105,6 +105,13 @@ def plan_blocks(
                 room = min(room, CPU_KV_BYTES, int(limit * CPU_MEMORY_FRACTION))
         blocks = max(0, min(room // block, useful_blocks + 1))
     return MemoryLedger(limit, weights, temporaries, state, block, blocks)
+
+
+def leaves_much(ledger: MemoryLedger) -> bool:
+    """Whether a quarter of a host's memory is left beside all that is known: then the number of KV blocks, which has
+    other limits there, is the same whatever the largest executable takes.
+    """
+    return jax.devices()[0].platform == "cpu" and ledger.limit - ledger.total >= ledger.limit // 4
 
 
 def require_one_request(ledger: MemoryLedger, *, max_model_len: int, block_size: int) -> None:

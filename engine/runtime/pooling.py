@@ -66,13 +66,13 @@ def pool_rows(hidden: jax.Array, ranges: jax.Array) -> jax.Array:
 
 
 def pool_step(
-    plan: StepPlan, hidden: jax.Array, run: Callable[[jax.Array, np.ndarray], jax.Array]
+    plan: StepPlan, hidden: jax.Array, find: Callable[[int], Callable[[jax.Array, np.ndarray], jax.Array]]
 ) -> tuple[PooledGroup, ...]:
     """Start the sums of a step's pooled sequences.
 
     Args:
         hidden: [T, E], of the step.
-        run: `pool_rows`, compiled for T.
+        find: (T) -> `pool_rows`, compiled for T; asked only if something is pooled.
     """
     wanted: list[tuple[ScheduledSequence, int, int]] = []
     offset = 0
@@ -89,7 +89,7 @@ def pool_step(
         group = wanted[first : first + POOL_ROWS]
         ranges = np.zeros((POOL_ROWS, 2), np.int32)
         ranges[: len(group)] = [(start, stop) for _, start, stop in group]
-        sums = run(hidden, ranges)
+        sums = find(hidden.shape[0])(hidden, ranges)
         sums.copy_to_host_async()
         groups.append(PooledGroup(tuple(item for item, _, _ in group), sums))
     return tuple(groups)

@@ -45,14 +45,14 @@ def read_manifest(directory: Path) -> Manifest:
             raise WeightsError(
                 f"{file} is {found[0]} version {found[1]}; this Quire reads {_FORMAT} version {_VERSION}."
             )
-        return Manifest(config=_parse_config(content["config"]), dtype=str(content["dtype"]))
+        return Manifest(config=parse_config(content["config"]), dtype=str(content["dtype"]))
     except WeightsError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{file} is corrupted: {type(error).__name__}: {error}.") from error
 
 
-def _parse_config(content: dict[str, Any]) -> ModelConfig:
+def parse_config(content: dict[str, Any]) -> ModelConfig:
     """The inverse of `asdict`; a field that is missing or unknown is an error, never a default."""
     return ModelConfig(
         **_exactly(ModelConfig, content)

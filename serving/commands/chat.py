@@ -53,6 +53,7 @@ def run(args: argparse.Namespace, create: EngineFactory) -> int:
     settings = engine_settings(args)
     model = EngineConfig.from_flat(**settings).load.model
     settings.pop("model", None)
+    settings.setdefault("compile_in_background", True)  # somebody waits for the first word
     with create(model, **settings) as engine:
         print(f"{model}: {COMMANDS}.", file=sys.stderr)
         converse(engine, engine.get_default_sampling_params().replace(**given), args.system)

@@ -65,6 +65,7 @@ def run(args: argparse.Namespace, create: EngineFactory) -> int:
     if not args.json:
         _refuse_what_only_json_shows(params)
     settings.pop("model", None)
+    settings.setdefault("compile_in_background", True)  # somebody waits for the first word
     with create(model, **settings) as engine:
         params = engine.get_default_sampling_params().replace(**given)
         inputs = [_as_chat(engine, prompt) if args.chat else prompt for prompt in prompts]

@@ -59,6 +59,7 @@ def run(args: argparse.Namespace, create: ClientFactory) -> int:
         flat["model"] = args.model
     model = EngineConfig.from_flat(**flat).load.model
     flat.pop("model", None)
+    flat.setdefault("compile_in_background", True)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(model, settings, flat, create, template))
     return EXIT_OK

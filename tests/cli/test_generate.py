@@ -95,7 +95,8 @@ def test_chat_wraps_each_prompt_as_a_user_message(capsys: Capture) -> None:
 def test_settings_reach_the_engine_and_only_those_given(capsys: Capture) -> None:
     _, factory = generate("--model", "m", "--block-size", "32", "--no-enable-prefix-caching", "--seed", "5", "x")
     assert factory.made.model == "m"
-    assert factory.made.settings == {"block_size": 32, "enable_prefix_caching": False, "seed": 5}
+    given = {"block_size": 32, "enable_prefix_caching": False, "seed": 5}
+    assert factory.made.settings == {**given, "compile_in_background": True}
 
 
 def test_flags_change_what_the_model_recommends() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.builder import BuiltEngine
+from engine.built import BuiltEngine
 from engine.core import EngineCore
 from engine.engine import Engine
 from engine.input_processor import InputProcessor

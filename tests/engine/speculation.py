@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from engine.builder import BuiltEngine
+from engine.built import BuiltEngine
 from engine.core import EngineCore
 from engine.outputs import RequestOutput
 from engine.requests.sequence import Sequence as EngineSequence

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
-from engine.builder import BuiltEngine
+from engine.built import BuiltEngine
 from engine.outputs import RequestOutput
 from tests.engine.conftest import EngineShelf
 from tests.engine.helpers import parts_of

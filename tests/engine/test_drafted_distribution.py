@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2_contingency
 
-from engine.builder import BuiltEngine
+from engine.built import BuiltEngine
 from engine.core import EngineCore
 from engine.sampling_params import RequestOutputKind, SamplingParams
 from tests.engine.conftest import EngineShelf

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.builder import BuiltEngine
+from engine.built import BuiltEngine
 from engine.core import CoreOptions, EngineCore
 from engine.engine import Engine
 from engine.output_processor import OutputProcessor

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine import Engine, SamplingParams
-from engine.builder import BuiltEngine
+from engine.built import BuiltEngine
 from engine.outputs import RequestOutput
 from tests.engine.helpers import core_of, parts_of, tokens_of
 from tests.engine.speculation import (

@@ -65,7 +65,7 @@ def test_it_says_where_it_listens_and_ends_on_sigterm() -> None:
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=20)
     assert process.returncode == 0, said
-    assert f"Serving a, b on {url}" in said and "made some/model process=False []" in said
+    assert f"Serving a, b on {url}" in said and "made some/model process=False ['compile_in_background']" in said
     assert "POST   /v1/chat/completions" in said and "512 tokens of context" in said
 
 

@@ -13,7 +13,7 @@ from benchmarks.gpu.part import Case, Context, Part, Record, Records
 from benchmarks.gpu.report import NOTHING, Table
 from benchmarks.gpu.steps import engine_settings
 from benchmarks.profiling.traffic import HOST_PARTS, Situation, empty, fill_decoding
-from engine.builder import BuiltEngine
+from engine.built import BuiltEngine
 from engine.engine import Engine
 from engine.sampling_params import RequestOutputKind, SamplingParams
 from serving.bench.measure import run_repetition
