@@ -8,13 +8,12 @@ from pathlib import Path
 import matplotlib
 
 from benchmarks.compare.results import Lane, Results, Summary, best_lane, gaps_ms, metrics_of
+from benchmarks.workloads.cpu_smollm2 import STREAMS
 
 matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot  # noqa: E402 - the backend comes first
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import ScalarFormatter  # noqa: E402
-
-from benchmarks.workloads.cpu_smollm2 import STREAMS  # noqa: E402
 
 
 def draw(results: Results, directory: Path) -> list[Path]:

@@ -7,13 +7,13 @@ import json
 import pytest
 
 from benchmarks.compare.results import (
-    METRICS,
     Lane,
     Results,
     Summary,
     agreement,
     best_lane,
     gaps_ms,
+    metrics_of,
     ratios,
     roofline_percent,
 )
@@ -23,7 +23,7 @@ from tests.benchmarks.comparisons import ALL, COSTS, QUIRE, SORTED, batch, examp
 
 
 def _value(workload: str, metric: str, measurement: object) -> float | None:
-    found = next(m for m in METRICS[workload] if m.name == metric)
+    found = next(m for m in metrics_of(workload) if m.name == metric)
     return found.of(WORKLOADS[workload], measurement)  # type: ignore[arg-type]
 
 
