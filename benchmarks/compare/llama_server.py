@@ -96,7 +96,7 @@ class Server:
         status, answer = self._ask("POST", "/completion", body, timeout_s=3600.0)
         if status != 200:
             raise RuntimeError(f"llama-server refused a request of {len(prompt)} tokens: {answer}")
-        return Answer(answer["tokens"], answer.get("tokens_cached_prompt", answer["timings"].get("cache_n", 0)))
+        return Answer(answer["tokens"], answer["timings"]["cache_n"])
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> tuple[int, Any]:
         connection = http.client.HTTPConnection(HOST, self._port, timeout=timeout_s)
