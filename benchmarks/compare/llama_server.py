@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compare.protocol import end_with_parent
+
 START_S = 120.0
 HOST = "127.0.0.1"
 
@@ -58,6 +60,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
             env=os.environ | {"LD_LIBRARY_PATH": str(binary.parent)},
+            preexec_fn=end_with_parent,
         )
         self._wait()
 
