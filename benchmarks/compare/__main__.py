@@ -255,7 +255,8 @@ def main() -> int:
 
 
 def _terminated(number: int, _: object) -> None:
-    """Leave through all `with` statements, so that workers are ended."""
+    """Leave through all `with` statements, so that workers are ended; a second signal must not cut that short."""
+    signal.signal(number, signal.SIG_IGN)
     print(f"ended by {signal.Signals(number).name}", file=sys.stderr)
     sys.exit(128 + number)
 
