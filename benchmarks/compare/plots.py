@@ -79,8 +79,9 @@ def _workload_bars(axis: Axes, results: Results, name: str, colors: dict[Lane, s
 def _streams(results: Results, file: Path) -> None:
     """Of each engine its best way at each number of streams: median, lowest and highest."""
     figure, axis = pyplot.subplots(figsize=(7, 4.4))
+    colors = _colors(results)
     counts = [STREAMS[name].num_requests for name in STREAMS if name in results.workloads]
-    for index, peer in enumerate(results.peers):
+    for peer in results.peers:
         points: list[tuple[int, Summary]] = []
         for name in (name for name in STREAMS if name in results.workloads):
             lane = best_lane(results, name, peer)
@@ -91,7 +92,8 @@ def _streams(results: Results, file: Path) -> None:
             middle = [summary.median for _, summary in points]
             spread = [[s.median - s.low for _, s in points], [s.high - s.median for _, s in points]]
             where = [count for count, _ in points]
-            axis.errorbar(where, middle, yerr=spread, marker="o", capsize=3, label=peer, color=f"C{index % 10}")
+            color = next(color for lane, color in colors.items() if lane.peer == peer)
+            axis.errorbar(where, middle, yerr=spread, marker="o", capsize=3, label=peer, color=color)
     axis.set_xscale("log", base=2)
     axis.set_xticks(counts, [str(count) for count in counts])
     axis.set_ylim(bottom=0)
