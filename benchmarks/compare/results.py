@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.ceilings import Ceilings
+from benchmarks.compare.peer import Precision
 from benchmarks.roofline import ModelCosts, compute_floor_s, decode_floor_s
-from benchmarks.workloads.cpu_smollm2 import Workload
+from benchmarks.workloads.cpu_smollm2 import STREAMS, Workload
 from serving.timing import percentile
 
 WARM_UP = 0  # the repetition that does not count
@@ -57,12 +58,45 @@ class Measurement:
 
 @dataclass(frozen=True)
 class PeerFacts:
-    """What a worker said when it was ready. `start_s`: from the start of its process to that, with caches as found."""
+    """What a worker said when it was ready.
+
+    Attributes:
+        about, unsupported, precision: see `peer.Peer`.
+        versions, details: see `protocol.Loaded`.
+        start_s: from the start of its process to that, with caches as found.
+    """
 
     about: str
     versions: dict[str, str]
     start_s: float
     details: dict[str, Any]
+    unsupported: dict[str, str] = field(default_factory=dict)
+    precision: Precision = Precision()
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> PeerFacts:
+        """The inverse of `asdict`."""
+        return cls(**{**content, "precision": Precision(**content.get("precision", {}))})
+
+
+@dataclass(frozen=True)
+class Start:
+    """One timed start of an engine: from the start of its process to the first token of a trivial request.
+
+    Attributes:
+        peer, repetition: of what.
+        is_cold: there was no compiled code in its caches; else it was left by a start before.
+        seconds: None if it failed.
+        foreign: see `Measurement`.
+        error: why it failed; None if it did not.
+    """
+
+    peer: str
+    repetition: int
+    is_cold: bool
+    seconds: float | None = None
+    foreign: float | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +122,7 @@ class Results:
     ceilings: Ceilings
     costs: ModelCosts
     measurements: list[Measurement]
+    starts: list[Start] = field(default_factory=list)
 
     def lanes(self, workload: str) -> list[Lane]:
         """All lanes of a workload, in the order in which they were first measured."""
@@ -115,10 +150,11 @@ class Results:
         return cls(
             run=RunInfo(**content["run"]),
             workloads={name: _workload(value) for name, value in content["workloads"].items()},
-            peers={name: PeerFacts(**value) for name, value in content["peers"].items()},
+            peers={name: PeerFacts.from_json(value) for name, value in content["peers"].items()},
             ceilings=Ceilings(**content["ceilings"]),
             costs=ModelCosts(**content["costs"]),
             measurements=[Measurement(**m | {"lane": Lane(**m["lane"])}) for m in content["measurements"]],
+            starts=[Start(**start) for start in content.get("starts", [])],
         )
 
 
@@ -203,7 +239,7 @@ _OUTPUT_RATE = Metric("output tok/s", 1, True, _rate(lambda w: w.num_output_toke
 _TOTAL_RATE = Metric("total tok/s", 1, True, _rate(lambda w: w.num_prompt_tokens + w.num_output_tokens))
 
 # The first of each workload decides which variant of a peer is its best.
-METRICS: dict[str, tuple[Metric, ...]] = {
+_METRICS: dict[str, tuple[Metric, ...]] = {
     "w1": (
         Metric("decode tok/s", 1, True, _decode_rate),
         Metric("TTFT ms", 1, False, _ttft_ms),
@@ -214,6 +250,11 @@ METRICS: dict[str, tuple[Metric, ...]] = {
     "w3": (Metric("prompt tok/s", 1, True, _rate(lambda w: w.num_prompt_tokens)), _WALL),
     "w4": (_WALL, _OUTPUT_RATE),
 }
+
+
+def metrics_of(workload: str) -> tuple[Metric, ...]:
+    """The figures of a workload; streams have the same at every number of them."""
+    return (_OUTPUT_RATE, _WALL) if workload in STREAMS else _METRICS[workload]
 
 
 @dataclass(frozen=True)
@@ -234,7 +275,7 @@ class Ratio:
 
 def best_lane(results: Results, workload: str, peer: str) -> Lane | None:
     """The way in which a peer runs a workload best, by the workload's first metric; None if all failed."""
-    metric = METRICS[workload][0]
+    metric = metrics_of(workload)[0]
     medians: list[tuple[float, Lane]] = []
     for lane in results.lanes(workload):
         summary = metric.summary(results.workloads[workload], results.counted(workload, lane))
@@ -254,7 +295,7 @@ def ratios(results: Results, workload: str, reference: str) -> list[Ratio]:
         theirs = None if peer == reference else best_lane(results, workload, peer)
         if theirs is None:
             continue
-        for metric in METRICS[workload]:
+        for metric in metrics_of(workload):
             ratio = _ratio(metric, results.workloads[workload], theirs, _by_repetition(results, workload, ours, theirs))
             if ratio is not None:
                 found.append(ratio)
@@ -286,15 +327,25 @@ def roofline_percent(results: Results, workload: str, lane: Lane) -> float | Non
     W4 has none: what an engine must compute there depends on what it shares.
     """
     shape, measured = results.workloads[workload], results.counted(workload, lane)
+    facts = results.peers.get(lane.peer)
+    precision = Precision() if facts is None else facts.precision
     if workload == "w1":
-        floor = decode_floor_s(results.costs, shape, results.ceilings)
-        rate = METRICS["w1"][0].summary(shape, measured)
+        costs = results.costs.with_weights(precision.body_bytes, precision.head_bytes)
+        floor = decode_floor_s(costs, shape, results.ceilings)
+        rate = _METRICS["w1"][0].summary(shape, measured)
         return None if floor is None or rate is None else 100 * floor * rate.median
     if workload in ("w2", "w3"):
-        floor = compute_floor_s(results.costs, shape, results.ceilings, results.run.dtype)
+        floor = _compute_floor(results, shape, precision)
         wall = _WALL.summary(shape, measured)
         return None if floor is None or wall is None else 100 * floor / wall.median
     return None
+
+
+def _compute_floor(results: Results, shape: Workload, precision: Precision) -> float | None:
+    """Seconds. For 8-bit products the better of both rates: a library that is slow with them is no limit."""
+    dtypes = (results.run.dtype, *(("int8",) if precision.multiplies_int8 else ()))
+    floors = (compute_floor_s(results.costs, shape, results.ceilings, dtype) for dtype in dtypes)
+    return min((floor for floor in floors if floor is not None), default=None)
 
 
 def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:

@@ -6,20 +6,34 @@ import importlib.metadata
 from typing import Any
 
 from benchmarks.ceilings import Ceilings, numpy_ceilings
-from benchmarks.compare.peer import ModelForm, Peer
+from benchmarks.compare.peer import ModelForm, Peer, Precision
 from benchmarks.compare.protocol import Job, Loaded, Sample, Stopwatch, serve
 from benchmarks.expected_compiles import expected_compiles
 from benchmarks.roofline import jax_ceilings
 from engine import Engine, SamplingParams
 from engine.outputs import RequestOutput
 
+_SHARED: dict[str, Any] = {
+    "module": "benchmarks.compare.worker_quire",
+    "environment": "",
+    "model": ModelForm.REFERENCE,
+    "cache_variables": ("QUIRE_CACHE",),
+}
 PEERS = (
+    Peer(name="quire", about="Quire, `Engine.generate` and `Engine.stream`, default settings", **_SHARED),
     Peer(
-        name="quire",
-        about="Quire, `Engine.generate` and `Engine.stream`, default settings",
-        module="benchmarks.compare.worker_quire",
-        environment="",
-        model=ModelForm.REFERENCE,
+        name="quire-int8",
+        about='Quire with `quantization="int8"`: 8-bit weights of the layers, one scale per output',
+        settings={"quantization": "int8"},
+        precision=Precision(body_bytes=1.0),
+        **_SHARED,
+    ),
+    Peer(
+        name="quire-int8w8a8",
+        about='Quire with `quantization="int8_w8a8"`: 8-bit weights and activations of the layers',
+        settings={"quantization": "int8_w8a8"},
+        precision=Precision(body_bytes=1.0, multiplies_int8=True),
+        **_SHARED,
     ),
 )
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-from benchmarks.ceilings import GEMM_SIZE, READ_BYTES, Ceilings, fastest, gemm_rate, numpy_ceilings
+from benchmarks.ceilings import Ceilings, numpy_ceilings
 from benchmarks.compare.peer import ModelForm, Peer
 from benchmarks.compare.protocol import Job, Loaded, Sample, Stopwatch, serve
+from benchmarks.compare.torch_ceilings import torch_ceilings
 
 _SHARED: dict[str, Any] = {
     "module": "benchmarks.compare.worker_transformers",
@@ -182,16 +183,8 @@ class TransformersUnderTest:
 
     def ceilings(self) -> Ceilings:
         """Through numpy and torch."""
-        torch = self._torch
-        numbers = torch.ones(READ_BYTES // 4)
-        vector = torch.ones(8192)
-        matrix = numbers.view(-1, len(vector))
-        read = max(READ_BYTES / fastest(work) for work in (numbers.max, lambda: torch.mv(matrix, vector)))
-        rates = {}
-        for name in ("float32", str(self._model.dtype).removeprefix("torch.")):
-            square = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=getattr(torch, name))
-            rates[f"torch {name}"] = gemm_rate(lambda square=square: square @ square)
-        return numpy_ceilings(self._num_threads).merged(Ceilings({"torch": read}, rates))
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        return numpy_ceilings(self._num_threads).merged(torch_ceilings(dtype, self._num_threads))
 
 
 if __name__ == "__main__":

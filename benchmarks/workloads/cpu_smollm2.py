@@ -1,4 +1,4 @@
-"""The four CPU workloads for SmolLM2-135M-Instruct.
+"""The CPU workloads for SmolLM2-135M-Instruct: four, and one more at several numbers of requests.
 
 | | what | reads |
 |---|---|---|
@@ -6,6 +6,7 @@
 | w2 | 64 requests at once, lengths as in ShareGPT (14,080 prompt tokens, 11,519 output tokens) | throughput |
 | w3 | one 2048-token prompt, 1 new token | prefill rate |
 | w4 | 32 requests that share a 512-token prefix, own 32-token suffix, 32 new each | prefix sharing |
+| s1 … s64 | 1, 2, 4 … 64 requests at once, 64 prompt tokens and 32 new each | throughput by concurrency |
 
 Token ids are uniform random ids above the special tokens. Every repetition has ids of its own, so that a prefix cache
 carries nothing from one to the next; lengths are the same in all. Repetition 0 is for warming up.
@@ -27,6 +28,7 @@ import numpy as np
 MODEL = "SmolLM2-135M-Instruct"
 VOCAB_LOW, VOCAB_HIGH = 17, 49152  # ids below 17 are special tokens
 SEED = 20251120
+STREAMS_SEED = 100  # added to the number of streams, so that they have other ids than w1 to w4
 
 # fmt: off
 W2_PROMPT_LENS = (
@@ -47,7 +49,7 @@ class Workload:
     """One workload: the shape of its requests, all sent at once.
 
     Attributes:
-        name: "w1" to "w4".
+        name: "w1" to "w4", or "s" and the number of streams.
         about: for tables.
         prompt_lens, output_lens: tokens per request, same length; `output_lens` are generated exactly.
         shared_prefix_len: leading tokens that all prompts have in common.
@@ -78,7 +80,8 @@ class Workload:
 
     def prompts(self, repetition: int) -> list[list[int]]:
         """Token ids of each prompt; each repetition has its own."""
-        draw = np.random.default_rng([SEED, repetition, int(self.name[1:])])
+        number = int(self.name[1:]) + (STREAMS_SEED if self.name.startswith("s") else 0)
+        draw = np.random.default_rng([SEED, repetition, number])
 
         def ids(count: int) -> list[int]:
             return draw.integers(VOCAB_LOW, VOCAB_HIGH, count).tolist()
@@ -108,12 +111,25 @@ WORKLOADS: dict[str, Workload] = {
     )
 }
 
+STREAMS: dict[str, Workload] = {
+    f"s{count}": Workload(f"s{count}", f"{count} streams, 64 in, 32 out", (64,) * count, (32,) * count)
+    for count in (1, 2, 4, 8, 16, 32, 64)
+}
+ALL: dict[str, Workload] = WORKLOADS | STREAMS
+
 # SHA-256 of the canonical JSON of `prompts(0) … prompts(3)`: another generator would measure something else.
 SHA256 = {
     "w1": "001fd4d0825a8f2ddfbdece712912853f05b2cb22cdd9e437684b8fad3f169e8",
     "w2": "94d708d958c5b3a8d8f9044f4026aa92216719847fbbd4fe0157d916c6b44d92",
     "w3": "02baaa1892a4294f3175d86010d5d80b75ad4bb3cf601182367849decf936423",
     "w4": "8a09160bfb0f81606b80e0a31da09c31f125a2acb25d5b7d36b06940bbf92e48",
+    "s1": "d9887c30e8b986094dfe94bee70dca8ef3c45cc3b0589c3dd5eff630d459995f",
+    "s2": "60b89066ca8517facbf67c93f1ab4b45d40640b69f40f1fd3243e8c4742a75c4",
+    "s4": "666fa737cf86c02b05b4358dc9e8c9cb6b259c9a785cde4522d55c38e436278a",
+    "s8": "08b24374efe2fa2e1982899531881192bfa1b38cf896c6235af4d54ce3fa2527",
+    "s16": "5076e1a27de77d7828b2b463f08c0d9de9b1c923ab09e8c27ee90e8c50903a40",
+    "s32": "1deb0ee53a1b84f2afde46de446cfc288b7c3bafa7e4d232a98c0dc34b21b498",
+    "s64": "16b749918a664b2090379df88142acc746e54447ad385fd7d11c96ab69ed22ca",
 }
 
 
@@ -129,7 +145,7 @@ def check(workload: Workload) -> None:
     Raises:
         RuntimeError: this numpy makes other ids.
     """
-    found, expected = fingerprint(WORKLOADS[workload.name]), SHA256[workload.name]
+    found, expected = fingerprint(ALL[workload.name]), SHA256[workload.name]
     if found != expected:
         raise RuntimeError(
             f"the token ids of {workload.name} have hash {found}, expected {expected}: numpy {np.__version__} draws "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.ceilings import Ceilings
-from benchmarks.compare.results import Lane, Measurement, PeerFacts, Results, RunInfo
+from benchmarks.compare.peer import Precision
+from benchmarks.compare.results import Lane, Measurement, PeerFacts, Results, RunInfo, Start
 from benchmarks.roofline import ModelCosts
-from benchmarks.workloads.cpu_smollm2 import WORKLOADS
+from benchmarks.workloads.cpu_smollm2 import ALL as EVERY
 
 QUIRE, ALL, SORTED = Lane("quire"), Lane("peer", "batch-all"), Lane("peer", "batch-16-sorted")
 COSTS = ModelCosts(1000, 100, 10, 4, 2)
@@ -29,10 +32,12 @@ def results(measurements: list[Measurement], *, cut: bool = False) -> Results:
     names = list(dict.fromkeys(m.workload for m in measurements))
     return Results(
         run=RunInfo("2026-01-02 03:04 UTC", "abc123", "python -m benchmarks.compare", machine, "bfloat16", 2, cut),
-        workloads={name: WORKLOADS[name] for name in names},
+        workloads={name: EVERY[name] for name in names},
         peers={
             "quire": PeerFacts("Quire", {"jax": "0.11.2"}, 12.0, {}),
-            "peer": PeerFacts("a peer", {"torch": "2.13.0"}, 6.0, {}),
+            "peer": PeerFacts(
+                "a peer", {"torch": "2.13.0"}, 6.0, {}, {"w4": "it has no cache", "w3": "it has no cache"}
+            ),
         },
         ceilings=Ceilings({"numpy": 1e6}, {"numpy bfloat16": 1e9}),
         costs=COSTS,
@@ -59,3 +64,22 @@ def example(*, cut: bool = False) -> Results:
         Measurement("w4", 2, Lane("peer"), error="WorkerError: out of memory"),
     ]
     return results(measured, cut=cut)
+
+
+def example_of_streams() -> Results:
+    """Two numbers of streams, one failure, starts, and a peer whose weights take a quarter of the bytes."""
+    found = results(
+        [
+            *(batch(QUIRE, repetition, 0.5, "s1") for repetition in (1, 2)),
+            *(batch(QUIRE, repetition, 1.0, "s8") for repetition in (1, 2)),
+            *(batch(ALL, repetition, 2.0, "s8") for repetition in (1, 2)),
+            *(batch(SORTED, repetition, 4.0, "s8") for repetition in (1, 2)),
+            Measurement("s1", 1, Lane("peer"), error="WorkerError: out of memory"),
+            streamed(Lane("peer"), 1, 0.1, 0.01),
+            batch(Lane("peer"), 1, 1.0, "w3"),
+        ]
+    )
+    found.peers["peer"] = replace(found.peers["peer"], precision=Precision(0.5, 1.0, multiplies_int8=True))
+    found.starts.extend([Start("quire", 1, True, 40.0, 0.0), Start("quire", 1, False, 10.0, 0.5)])
+    found.starts.append(Start("peer", 1, True, error="WorkerGoneError: the worker ended"))
+    return found

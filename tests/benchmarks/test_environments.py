@@ -53,6 +53,14 @@ def test_it_is_made_once(commands: list[list[str]], tmp_path: Path) -> None:
     assert make(TOY) == python and commands == []
 
 
+def test_exact_requirements_and_builds_come_last(commands: list[list[str]], tmp_path: Path) -> None:
+    python = make(PeerEnvironment("toy-2", THIS, (("first==1",),), exact=("second==2",), builds=("third==3",)))
+    assert commands[1][-1] == "first==1" and "--no-deps" not in commands[1]
+    assert commands[2][-2:] == ["--no-deps", "second==2"]
+    assert commands[3] == [str(python), str(tmp_path / "build_toy_2.py"), "third==3"]
+    assert (python.parents[1] / "quire-requirements.txt").read_text() == "first==1\nsecond==2\nthird==3\n"
+
+
 def test_other_requirements_make_it_anew(commands: list[list[str]]) -> None:
     make(TOY)
     commands.clear()
@@ -93,6 +101,8 @@ def test_finding_a_python(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_requirement_is_pinned() -> None:
     for environment in ENVIRONMENTS.values():
         assert all(re.fullmatch(r"[\w.-]+==[\w.+]+", requirement) for requirement in environment.requirements)
+        for requirement in environment.builds:
+            assert (environments.HERE / f"build_{environment.name.replace('-', '_')}.py").is_file(), requirement
 
 
 def test_another_environment_does_not_see_our_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compare import __main__ as cli
+from benchmarks.compare.registry import DEFAULT
 from benchmarks.compare.results import Results
-from benchmarks.workloads.cpu_smollm2 import WORKLOADS
+from benchmarks.workloads.cpu_smollm2 import ALL, STREAMS
 from tests.benchmarks.comparisons import example
 
 
@@ -20,8 +21,8 @@ def _plan(*arguments: str) -> cli.Plan:
 
 def test_defaults_are_the_whole_measurement() -> None:
     plan = _plan()
-    assert [peer.name for peer in plan.peers] == ["quire", "transformers"]
-    assert plan.workloads == tuple(WORKLOADS.values()) and plan.num_repetitions == 3
+    assert [peer.name for peer in plan.peers] == list(DEFAULT)
+    assert plan.workloads == tuple(ALL.values()) and plan.num_repetitions == 3
 
 
 def test_quire_comes_first_and_is_always_there() -> None:
@@ -45,11 +46,17 @@ def test_variants_can_be_left_out_but_not_all() -> None:
     assert ways("--skip-variants", "batch-all,batch-16-sorted") == ("batch-16-sorted",)
 
 
+def test_streams_and_none_stand_for_workloads() -> None:
+    assert [w.name for w in _plan("--workload", "w3,streams,s1").workloads] == ["w3", *STREAMS]
+    assert _plan("--workload", "none").workloads == ()
+    assert all("CUT" in w.about for w in _plan("--workload", "streams", "--quick").workloads)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--peers", "nobody"), "unknown: nobody; known: quire"),
-        (("--workload", "w1,w9"), "unknown: w9; known: w1, w2, w3, w4"),
+        (("--workload", "w1,w9"), "unknown: w9; known: w1, w2, w3, w4, s1"),
         (("--skip-variants", "batch-7"), "unknown: batch-7; known: batch-all"),
         (("--reps", "0"), "'0' is not a whole number of 1 or more"),
         (("--dtype", "int3"), "invalid choice"),

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.compare.report import markdown, spread
 from benchmarks.compare.results import Summary
-from tests.benchmarks.comparisons import example
+from tests.benchmarks.comparisons import example, example_of_streams
 
 TEXT = markdown(example(), "quire")
 
@@ -62,10 +62,32 @@ def test_nothing_measured_is_a_dash() -> None:
     assert spread(Summary(1.25, 1.0, 2.0, 3), 1) == "1.2 (1.0–2.0)"
 
 
+def test_streams_are_one_table_of_each_engines_best_way() -> None:
+    text = markdown(example_of_streams(), "quire")
+    table = text.split("## Output tok/s by number of streams: each 64 in, 32 out")[1].split("##")[0]
+    assert "| engine | 1 | 8 |" in table
+    assert "| quire | 64.0 (64.0–64.0) | 256.0 (256.0–256.0) | 2 % (2–2) | 0 |" in table
+    assert "| peer | – | 128.0 (128.0–128.0) | 2 % (2–2) | 1 |" in table
+    assert "## S8" not in text and "| S8 |" not in text
+
+
+def test_starts_have_columns_only_if_they_were_timed() -> None:
+    text = markdown(example_of_streams(), "quire")
+    assert "| cold start s | warm start s |" in text and "| cold start s" not in TEXT
+    assert "| 12.0 | 40.0 (40.0–40.0) | 10.0 (10.0–10.0), **1 disturbed** |" in text
+    assert "| 6.0 | –, **1 failed** | – |" in text
+
+
+def test_what_was_not_measured_has_its_reason() -> None:
+    assert "## Not measured\n\n- peer, W4, W3: it has no cache\n" in TEXT
+
+
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is of the bench extra")
 def test_plots_are_drawn(tmp_path: Path) -> None:
     from benchmarks.compare.plots import draw
 
     files = draw(example(), tmp_path)
     assert [file.name for file in files] == ["workloads.png", "itl.png"]
+    files += draw(example_of_streams(), tmp_path)
+    assert [file.name for file in files[2:]] == ["workloads.png", "throughput.png", "itl.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)

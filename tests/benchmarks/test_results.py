@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
+from benchmarks.ceilings import Ceilings
 from benchmarks.compare.results import (
-    METRICS,
     Lane,
     Results,
     Summary,
     agreement,
     best_lane,
     gaps_ms,
+    metrics_of,
     ratios,
     roofline_percent,
 )
 from benchmarks.roofline import workload_flops
 from benchmarks.workloads.cpu_smollm2 import WORKLOADS
-from tests.benchmarks.comparisons import ALL, COSTS, QUIRE, SORTED, batch, example, results, streamed
+from tests.benchmarks.comparisons import (
+    ALL,
+    COSTS,
+    QUIRE,
+    SORTED,
+    batch,
+    example,
+    example_of_streams,
+    results,
+    streamed,
+)
 
 
 def _value(workload: str, metric: str, measurement: object) -> float | None:
-    found = next(m for m in METRICS[workload] if m.name == metric)
+    found = next(m for m in metrics_of(workload) if m.name == metric)
     return found.of(WORKLOADS[workload], measurement)  # type: ignore[arg-type]
 
 
@@ -100,8 +113,19 @@ def test_roofline_percent() -> None:
     assert roofline_percent(found, "w4", QUIRE) is None
 
 
-def test_results_survive_json() -> None:
-    found = example()
+def test_fewer_bytes_and_faster_products_are_another_floor() -> None:
+    found = example_of_streams()
+    body, head, kv = 1000 * 0.5, 100 * 1.0, 10 * (128 + 129 / 2) * 2
+    assert roofline_percent(found, "w1", Lane("peer")) == pytest.approx(100 * (body + head + kv) / 1e6 / 0.01)
+    flops = workload_flops(COSTS, WORKLOADS["w3"])
+    assert roofline_percent(found, "w3", Lane("peer")) == pytest.approx(100 * flops / 1e9)  # no int8 rate is known
+    faster = replace(found, ceilings=Ceilings({"numpy": 1e6}, {"numpy bfloat16": 1e9, "torch int8": 4e9}))
+    assert roofline_percent(faster, "w3", Lane("peer")) == pytest.approx(100 * flops / 4e9)
+
+
+@pytest.mark.parametrize("make", [example, example_of_streams])
+def test_results_survive_json(make: Callable[[], Results]) -> None:
+    found = make()
     assert Results.from_json(json.loads(json.dumps(found.as_json()))) == found
 
 

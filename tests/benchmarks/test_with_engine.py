@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compare.driver import Comparison, Plan
+from benchmarks.compare.journal import Journal
 from benchmarks.compare.process import WorkerProcess
 from benchmarks.compare.registry import PEERS
-from benchmarks.compare.results import METRICS
+from benchmarks.compare.results import metrics_of
 from benchmarks.profile_step import markdown, profile
 from benchmarks.profiling.categories import OTHER, UNKNOWN
 from benchmarks.profiling.traffic import Situation
@@ -48,14 +49,17 @@ def test_quires_worker_measures_what_it_is_asked(tmp_path: Path) -> None:
         return WorkerProcess([sys.executable, "-m", peer.module], dict(os.environ), ROOT, tmp_path / "quire.log")
 
     settings = SETTINGS | {"num_threads": 2}
-    with Comparison(Plan((peer,), workloads, 1, 300.0), start, lambda _: settings, lambda _: None) as comparison:
-        facts = comparison.load()
-        measured = comparison.measure()
+    journal = Journal(tmp_path, {}, resume=False)
+    plan = Plan((peer,), workloads, 1, 300.0)
+    with Comparison(plan, start, lambda _: settings, journal, lambda _: None) as comparison:
+        comparison.load()
+        assert comparison.measure() == 0
+    measured = [m for m, _ in journal.measurements]
     assert [m.error for m in measured] == [None] * 4
-    assert facts["quire"].versions["jax"]
+    assert journal.peers["quire"].versions["jax"]
     streamed = measured[2]
     assert len(streamed.token_times_s) == 6
-    assert all(metric.of(workloads[0], streamed) is not None for metric in METRICS["w1"])
+    assert all(metric.of(workloads[0], streamed) is not None for metric in metrics_of("w1"))
 
 
 @pytest.mark.parametrize("situation", [Situation("2 rows", 2, 20), Situation("chunk", 0, 32)])
