@@ -92,17 +92,28 @@ using Vector = Floats;
 template <typename Element>
 constexpr int kStep = sizeof(Element) == 2 ? 2 * kLanes : kLanes;
 
-// Rows x outputs of the result: `sums[r, c]` = or += the products of `count` inputs. `kFetch`: weights lie where they
-// were loaded, rows side by side, and as many more are fetched ahead.
+// What is fetched ahead while tiles are multiplied, spread over their steps: `each` lines of 64 bytes at a step.
+struct Ahead {
+  const uint8_t* at;
+  int64_t each;
+
+  void step() {
+    for (int64_t i = 0; i < each; ++i, at += 64) __builtin_prefetch(at);
+  }
+};
+
+// `bytes` from `at` on, in `steps` steps.
+inline Ahead ahead_of(const void* at, int64_t bytes, int64_t steps) {
+  return {static_cast<const uint8_t*>(at), (bytes / 64 + steps - 1) / std::max<int64_t>(steps, 1)};
+}
+
+// Rows x outputs of the result: `sums[r, c]` = or += the products of `count` inputs. `kFetch`: `ahead` is fetched.
 template <typename Element, int kRows, int kOutputs, bool kFetch>
 void multiply(const Element* x, int64_t x_stride, const Element* w, int64_t w_stride, int64_t count, float* sums,
-              int64_t sums_stride, bool first) {
+              int64_t sums_stride, bool first, Ahead& ahead) {
   Lanes total[kRows][kOutputs] = {};
   for (int64_t k = 0; k < count; k += kStep<Element>) {
-    if constexpr (kFetch) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kOutputs; ++c) __builtin_prefetch(w + (c + kOutputs) * w_stride + k);
-    }
+    if constexpr (kFetch) ahead.step();
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       Vector<Element> row(x + r * x_stride + k);
@@ -119,7 +130,7 @@ void multiply(const Element* x, int64_t x_stride, const Element* w, int64_t w_st
 
 template <typename Element>
 struct Tile {
-  void (*run)(const Element*, int64_t, const Element*, int64_t, int64_t, float*, int64_t, bool);
+  void (*run)(const Element*, int64_t, const Element*, int64_t, int64_t, float*, int64_t, bool, Ahead&);
   int64_t outputs;
 };
 

@@ -275,7 +275,7 @@ def test_sums_of_integers_are_exact(k: int, n: int) -> None:
     x[0], stored[0] = -128, -128
     x[1] = 127
     for first, last in ((0, 1), (1, 3), (3, 6), (0, 13)):
-        found = native_cpu._integer_product(jnp.asarray(x[first:last], jnp.int8), jnp.asarray(stored, jnp.int8))
+        found = native_cpu._sums_of_integers(jnp.asarray(x[first:last], jnp.int8), jnp.asarray(stored, jnp.int8))
         np.testing.assert_array_equal(found, (x[first:last] @ stored.T).astype(np.float32))
 
 
