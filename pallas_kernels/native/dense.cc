@@ -258,7 +258,7 @@ void run_rows(const void* problem, int64_t index) {
         Tile<Element> tile = w != copy && r == 0 ? tile_of<Element, true>(take) : tile_of<Element>(take);
         for (int64_t c = 0; c < real; c += tile.outputs) {
           const Element* from = w + c * stride + k;
-          Ahead ahead{reinterpret_cast<const uint8_t*>(from + tile.outputs * stride), tile.outputs};
+          Ahead ahead(from + tile.outputs * stride, tile.outputs * inputs * sizeof(Element), inputs / kStep<Element>);
           tile.run(x + r * p.stride + k, p.stride, from, stride, inputs, sums + r * at_once + c, at_once, k == 0, ahead);
         }
       });

@@ -22,10 +22,10 @@ namespace quire {
 
 struct Digits {
   int8_t* numbers;  // [rows, digits, stride], zeros after the last input
-  int32_t* starts;  // [rows, digits, chunks, 16]: of each lane's sum, for weights that are read as more than they are
+  int32_t* starts;  // [rows, digits, 16]: of each lane's sum, for weights that are read as more than they are
   float* units;     // [rows]
   float* totals;    // [rows]: of the row's numbers
-  int64_t stride, chunk, chunks;  // in inputs
+  int64_t stride;   // in inputs
 };
 
 struct Rounding {
@@ -111,25 +111,20 @@ void round_rows(const void* problem, int64_t index) {
     for (int64_t digit = row * kDigits; digit < (row + 1) * kDigits; ++digit) {
       int8_t* numbers = to.numbers + digit * to.stride;
       std::memset(numbers + written, 0, to.stride - written);
-      for (int64_t c = 0; c < to.chunks; ++c) {
-        __m512i sums = _mm512_setzero_si512();
-        for (int64_t k = c * to.chunk; k < std::min((c + 1) * to.chunk, to.stride); k += 64)
-          sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_load_si512(numbers + k));
-        _mm512_store_si512(to.starts + (digit * to.chunks + c) * 16,
-                           _mm512_mullo_epi32(sums, _mm512_set1_epi32(-task.more)));
-      }
+      __m512i sums = _mm512_setzero_si512();
+      for (int64_t k = 0; k < to.stride; k += 64)
+        sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_load_si512(numbers + k));
+      _mm512_store_si512(to.starts + digit * 16, _mm512_mullo_epi32(sums, _mm512_set1_epi32(-task.more)));
     }
   }
 }
 
 // Room for `rows` rows in the calling thread's memory.
 inline Digits room_for(int64_t rows, int64_t digits, int64_t inputs) {
-  constexpr int64_t kChunk = 4096;  // whose lanes' sums of two digits stay in 32 bits; of one digit all sums do
   Digits to;
   to.stride = (inputs + 63) / 64 * 64;
   if (to.stride % 1024 == 0) to.stride += 64;  // rows would share the sets of a cache
-  to.chunk = digits == 2 ? kChunk : to.stride, to.chunks = (inputs + to.chunk - 1) / to.chunk;
-  int64_t numbers = rows * digits * to.stride, starts = rows * digits * to.chunks * 64;
+  int64_t numbers = rows * digits * to.stride, starts = rows * digits * 64;
   to.numbers = scratch<int8_t>(1, numbers + starts + 8 * rows);
   to.starts = reinterpret_cast<int32_t*>(to.numbers + numbers);
   to.units = reinterpret_cast<float*>(to.numbers + numbers + starts), to.totals = to.units + rows;

@@ -18,8 +18,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kFewRows = 24;    // up to which decoded weights are used so seldom that they should stay in L1
-constexpr int64_t kRowBlock = 512;  // rows that share a decoding
+constexpr int64_t kRowBlock = 512;             // rows that share a decoding
+constexpr int64_t kMostAhead = 128 * 1024;     // bytes of packed weights to fetch while others are multiplied
 
 // ---- One problem
 
@@ -42,6 +42,20 @@ struct Rules {
 
   Rule at(int64_t i) const { return {true, scales[i], zeros ? zeros[i] : 0.0f, offsets ? offsets[i] : 0.0f}; }
 };
+
+// Fetches what the next panel's are made of: lines far from each other, which no processor foresees.
+void fetch_rules(const Problem& p, int64_t first) {
+  int64_t size = p.scale_type == ffi::DataType::F32 ? 4 : 2;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    int64_t at = g * p.outputs + first;
+    for (int64_t b = 0; b < p.panel * size; b += 64) {
+      __builtin_prefetch(static_cast<const uint8_t*>(p.scales) + at * size + b);
+      if (p.offsets) __builtin_prefetch(static_cast<const uint8_t*>(p.offsets) + at * size + b);
+    }
+    if (p.zeros)
+      for (int64_t b = 0; b < p.panel; b += 64) __builtin_prefetch(p.zeros + at + b);
+  }
+}
 
 Rules rules_of(const Problem& p, int64_t first, int64_t count) {
   int64_t size = p.panel * p.groups;
@@ -114,6 +128,7 @@ void multiply_rows(const Problem& p, int64_t row, int64_t num_rows, const Elemen
   for_tiles(num_rows, kMostRows, [&](int64_t r, int64_t take) {
     const Element* x = static_cast<const Element*>(p.x) + (row + r) * p.stride + from;
     Tile<Element> tile = tile_of<Element, kFetch>(take);
+    ahead.between_tiles();
     for (int64_t n = 0; n < outputs; n += tile.outputs)
       tile.run(x, p.stride, w + n * w_stride, w_stride, count, sums + r * sums_stride + n, sums_stride, from == 0, ahead);
   });
@@ -141,22 +156,25 @@ void run_panel(const void* problem, int64_t index) {
   int64_t num_rows = std::min(kRowBlock, p.rows - row);
   int64_t first = panel * p.panel, count = std::min(p.panel, p.outputs - first);
   Rules rules = rules_of(p, first, count);
-  bool few = num_rows <= kFewRows, in_tiles = few && num_rows > kMostRows;
+  fetch_rules(p, first + p.panel);
+  // One tile's rows meet eight outputs, decoded to the nearest cache; more rows a panel, in the next one.
+  bool few = num_rows <= kMostRows;
   int64_t at_once = few ? 8 : p.panel;
   int64_t padded = (p.inputs + kPad - 1) / kPad * kPad, bytes = p.inputs * kBits<F> / 8;
   int64_t span = few ? padded : std::min(padded, kChunk<Element>), w_stride = span + kPad;
-  int64_t steps = (num_rows + kMostRows - 1) / kMostRows * (8 / kTile) * padded / kStep<Element>;
+  int64_t steps = (num_rows + kMostRows - 1) / kMostRows * (at_once / kTile) * padded / kStep<Element>;
+  bool fetch = !few && at_once * bytes <= kMostAhead;
   Element* w = scratch<Element>(2, at_once * w_stride);
   float* sums = scratch<float>(3, num_rows * at_once);
   for (int64_t n = 0; n < count; n += at_once) {
     int64_t real = std::min(at_once, count - n), whole = (real + 7) / 8 * 8;
-    Ahead ahead = ahead_of(p.stored + (first + n) * bytes + std::max(8 * bytes, kAhead), 8 * bytes, steps);
+    Ahead ahead(p.stored + (first + n + at_once) * bytes, at_once * bytes, steps);
     for (int64_t from = 0; from < padded; from += span) {
       int64_t to = std::min(from + span, padded);
       for (int64_t i = 0; i < real; ++i)
-        decode_row<F>(p, first + n + i, from, to, rules, n + i, !in_tiles, w + i * w_stride);
+        decode_row<F>(p, first + n + i, from, to, rules, n + i, !fetch, w + i * w_stride);
       for (int64_t i = real; i < whole; ++i) std::memset(w + i * w_stride, 0, (to - from) * sizeof(Element));
-      auto multiply = in_tiles ? multiply_rows<Element, true> : multiply_rows<Element, false>;
+      auto multiply = fetch ? multiply_rows<Element, true> : multiply_rows<Element, false>;
       for (int64_t k = from; k < to; k += kChunk<Element>)
         multiply(p, row, num_rows, w + (k - from), w_stride, k, std::min(kChunk<Element>, to - k), whole, sums, at_once,
                  ahead);
@@ -204,7 +222,7 @@ ffi::Error packed_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
   if (!run) return ffi::Error::InvalidArgument("no product of these types");
   int64_t blocks = (p.rows + kRowBlock - 1) / kRowBlock, threads = std::max<int64_t>(pool.num_threads(), 1);
   // Few rows' weights are decoded eight outputs at a time in any case.
-  p.panel = p.rows <= kFewRows ? 32 : panel_of(p.outputs, blocks, threads, 128, 32);
+  p.panel = p.rows <= kMostRows ? 32 : panel_of(p.outputs, blocks, threads, 128, 32);
   p.num_panels = (p.outputs + p.panel - 1) / p.panel;
   run_all(pool, &p, run, p.num_panels * blocks);
   return ffi::Error::Success();

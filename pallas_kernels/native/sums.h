@@ -92,20 +92,26 @@ using Vector = Floats;
 template <typename Element>
 constexpr int kStep = sizeof(Element) == 2 ? 2 * kLanes : kLanes;
 
-// What is fetched ahead while tiles are multiplied, spread over their steps: `each` lines of 64 bytes at a step.
+// What is fetched ahead while tiles are multiplied, spread over their steps: `each` lines of 64 bytes at a step, up to
+// `end`.
 struct Ahead {
-  const uint8_t* at;
+  const uint8_t *at, *end;
   int64_t each;
 
+  // `bytes` from `from` on, in `steps` steps.
+  Ahead(const void* from, int64_t bytes, int64_t steps)
+      : at(static_cast<const uint8_t*>(from)), end(at + bytes), each((bytes / 64 + steps - 1) / std::max<int64_t>(steps, 1)) {}
+
+  template <int kLocality = 3>  // 3: into the nearest cache, 2: into the next one
   void step() {
-    for (int64_t i = 0; i < each; ++i, at += 64) __builtin_prefetch(at);
+    const uint8_t* from = at;
+    for (int64_t i = 0; i < each; ++i, from += 64) __builtin_prefetch(from, 0, kLocality);
+    at = from;
+  }
+  void between_tiles() {
+    if (at >= end) each = 0;
   }
 };
-
-// `bytes` from `at` on, in `steps` steps.
-inline Ahead ahead_of(const void* at, int64_t bytes, int64_t steps) {
-  return {static_cast<const uint8_t*>(at), (bytes / 64 + steps - 1) / std::max<int64_t>(steps, 1)};
-}
 
 // Rows x outputs of the result: `sums[r, c]` = or += the products of `count` inputs. `kFetch`: `ahead` is fetched.
 template <typename Element, int kRows, int kOutputs, bool kFetch>
@@ -113,7 +119,7 @@ void multiply(const Element* x, int64_t x_stride, const Element* w, int64_t w_st
               int64_t sums_stride, bool first, Ahead& ahead) {
   Lanes total[kRows][kOutputs] = {};
   for (int64_t k = 0; k < count; k += kStep<Element>) {
-    if constexpr (kFetch) ahead.step();
+    if constexpr (kFetch) ahead.step<2>();
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       Vector<Element> row(x + r * x_stride + k);
