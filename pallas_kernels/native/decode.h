@@ -13,6 +13,9 @@
 #elif defined(__AVX2__) && defined(__F16C__)
 #define QUIRE_AVX2 1
 #endif
+#if defined(QUIRE_AVX512) && defined(__AVX512VBMI__)
+#define QUIRE_VBMI 1
+#endif
 #if defined(QUIRE_AVX512) || defined(QUIRE_AVX2)
 #include <immintrin.h>
 #endif
@@ -59,8 +62,12 @@ inline Half fp8_to_half(uint8_t number) {
 // The 128 magnitudes of e4m3fn.
 struct Fp8Table {
   alignas(64) Half halves[128];
+  alignas(64) uint8_t low[128], high[128];  // their bytes
   Fp8Table() {
-    for (int i = 0; i < 128; ++i) halves[i] = fp8_to_half(static_cast<uint8_t>(i));
+    for (int i = 0; i < 128; ++i) {
+      halves[i] = fp8_to_half(static_cast<uint8_t>(i));
+      low[i] = static_cast<uint8_t>(halves[i]), high[i] = static_cast<uint8_t>(halves[i] >> 8);
+    }
   }
 };
 inline const Fp8Table kFp8;
@@ -105,7 +112,12 @@ struct Reader<Format::kInt4> {  // a table of the 16 values there can be
   }
   __m512i halves(const uint8_t* row) const {  // an index's upper bits count for nothing
     __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
-    return _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), halves_table);
+#ifdef QUIRE_VBMI
+    __m512i nibbles = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x2424202004040000), bytes);
+#else
+    __m512i nibbles = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+#endif
+    return _mm512_permutexvar_epi16(nibbles, halves_table);
   }
   __m512 floats(const uint8_t* row) const {
     __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row)));
@@ -227,17 +239,47 @@ inline void read32(const Reader<F>& reader, const uint8_t* row, float* out) {
 
 #endif
 
+#ifdef QUIRE_AVX512
+
+// Whole groups of a multiple of 32 weights. `scales`, `zeros`, `offsets`: of the first group; the next one's are `stride`
+// further on.
+template <Format F, bool kZeros, bool kOffsets>
+inline void decode_groups(const uint8_t* bytes, int64_t group, int64_t groups, const float* scales, const float* zeros,
+                          const float* offsets, int64_t stride, Half* out) {
+  for (int64_t g = 0; g < groups; ++g) {
+    Reader<F> reader(Rule{true, scales[g * stride], kZeros ? zeros[g * stride] : 0, kOffsets ? offsets[g * stride] : 0});
+    for (int64_t k = 0; k < group; k += 32, bytes += 32 * kBits<F> / 8, out += 32) read32(reader, bytes, out);
+  }
+}
+
+#ifdef QUIRE_VBMI
+// 64 numbers, byte by byte: a table for the upper ones and one for the lower ones, interleaved.
+inline void read_fp8(const uint8_t* row, Half* out) {
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // interleaving takes eight bytes of each sixteen
+  __m512i bytes = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(row));
+  __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kFp8.low), bytes, _mm512_load_si512(kFp8.low + 64));
+  __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(kFp8.high), bytes, _mm512_load_si512(kFp8.high + 64));
+  high = _mm512_ternarylogic_epi32(high, bytes, _mm512_set1_epi8(-128), 0xf8);  // high | (bytes & sign)
+  _mm512_storeu_si512(out, _mm512_unpacklo_epi8(low, high));
+  _mm512_storeu_si512(out + 32, _mm512_unpackhi_epi8(low, high));
+}
+#endif
+
+#endif
+
 // `count` numbers from `first` on of the row at `row`. Without AVX2 the compiler makes what it can of the loop.
 template <Format F, typename Element>
 inline void decode(const uint8_t* row, int64_t first, int64_t count, const Rule& rule, Element* out) {
   int64_t k = 0;
+  [[maybe_unused]] const uint8_t* bytes = row + first * kBits<F> / 8;
+#ifdef QUIRE_VBMI
+  if constexpr (F == Format::kFp8 && sizeof(Element) == 2)
+    if (!rule.scaled)
+      for (; k + 64 <= count; k += 64) read_fp8(bytes + k, out + k);
+#endif
 #if defined(QUIRE_AVX512) || defined(QUIRE_AVX2)
   Reader<F> reader(rule);
-  const uint8_t* bytes = row + first * kBits<F> / 8;
-  for (; k + 32 <= count; k += 32) {
-    __builtin_prefetch(bytes + k * kBits<F> / 8 + kAhead);
-    read32(reader, bytes + k * kBits<F> / 8, out + k);
-  }
+  for (; k + 32 <= count; k += 32) read32(reader, bytes + k * kBits<F> / 8, out + k);
 #endif
   for (; k < count; ++k) {
     float value = number_at<F>(row, first + k) - rule.zero;

@@ -256,9 +256,11 @@ void run_rows(const void* problem, int64_t index) {
       int64_t inputs = std::min(kChunk<Element>, padded - k);
       for_tiles(num_rows, kMostRows, [&](int64_t r, int64_t take) {
         Tile<Element> tile = w != copy && r == 0 ? tile_of<Element, true>(take) : tile_of<Element>(take);
-        for (int64_t c = 0; c < real; c += tile.outputs)
-          tile.run(x + r * p.stride + k, p.stride, w + c * stride + k, stride, inputs, sums + r * at_once + c, at_once,
-                   k == 0);
+        for (int64_t c = 0; c < real; c += tile.outputs) {
+          const Element* from = w + c * stride + k;
+          Ahead ahead(from + tile.outputs * stride, tile.outputs * inputs * sizeof(Element), inputs / kStep<Element>);
+          tile.run(x + r * p.stride + k, p.stride, from, stride, inputs, sums + r * at_once + c, at_once, k == 0, ahead);
+        }
       });
     }
     for (int64_t r = 0; r < num_rows; ++r) put_row(p, row + r, first + n, sums + r * at_once, real);

@@ -10,6 +10,7 @@
 #include "decode.h"
 #include "sums.h"
 #include "threads.h"
+#include "widen.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace quire {
@@ -17,8 +18,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kFewRows = 24;    // up to which decoded weights are used so seldom that they should stay in L1
-constexpr int64_t kRowBlock = 512;  // rows that share a decoding
+constexpr int64_t kRowBlock = 512;             // rows that share a decoding
+constexpr int64_t kMostAhead = 128 * 1024;     // bytes of packed weights to fetch while others are multiplied
 
 // ---- One problem
 
@@ -35,24 +36,6 @@ struct Problem {
   int64_t panel, num_panels;  // outputs of one
 };
 
-template <typename T>
-void widen(const void* from, int64_t first, int64_t count, float* to) {
-  const T* start = static_cast<const T*>(from) + first;
-  int64_t n = 0;
-#if defined(QUIRE_AVX512) || defined(QUIRE_AVX2)
-  if constexpr (std::is_same_v<T, _Float16>) {  // GCC converts them one by one
-    for (; n + 8 <= count; n += 8)
-      _mm256_storeu_ps(to + n, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(start + n))));
-  }
-#endif
-  for (; n < count; ++n) {
-    if constexpr (std::is_same_v<T, Half>)
-      to[n] = float_of(start[n]);
-    else
-      to[n] = static_cast<float>(start[n]);
-  }
-}
-
 // What the weights of a panel's outputs become, [groups, panel].
 struct Rules {
   float *scales, *zeros, *offsets;
@@ -60,49 +43,94 @@ struct Rules {
   Rule at(int64_t i) const { return {true, scales[i], zeros ? zeros[i] : 0.0f, offsets ? offsets[i] : 0.0f}; }
 };
 
+// Fetches what the next panel's are made of: lines far from each other, which no processor foresees.
+void fetch_rules(const Problem& p, int64_t first) {
+  int64_t size = p.scale_type == ffi::DataType::F32 ? 4 : 2;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    int64_t at = g * p.outputs + first;
+    for (int64_t b = 0; b < p.panel * size; b += 64) {
+      __builtin_prefetch(static_cast<const uint8_t*>(p.scales) + at * size + b);
+      if (p.offsets) __builtin_prefetch(static_cast<const uint8_t*>(p.offsets) + at * size + b);
+    }
+    if (p.zeros)
+      for (int64_t b = 0; b < p.panel; b += 64) __builtin_prefetch(p.zeros + at + b);
+  }
+}
+
 Rules rules_of(const Problem& p, int64_t first, int64_t count) {
-  auto widen_scale = p.scale_type == ffi::DataType::F32    ? widen<float>
-                     : p.scale_type == ffi::DataType::BF16 ? widen<Half>
-                                                           : widen<_Float16>;
   int64_t size = p.panel * p.groups;
   float* memory = scratch<float>(0, 3 * size);
   Rules rules{memory, p.zeros ? memory + size : nullptr, p.offsets ? memory + 2 * size : nullptr};
   for (int64_t g = 0; g < p.groups; ++g) {
     int64_t from = g * p.outputs + first, to = g * p.panel;
-    widen_scale(p.scales, from, count, rules.scales + to);
-    if (p.zeros) widen<int8_t>(p.zeros, from, count, rules.zeros + to);
-    if (p.offsets) widen_scale(p.offsets, from, count, rules.offsets + to);
+    widen(p.scale_type, p.scales, from, count, rules.scales + to);
+    if (p.zeros) widen_as<int8_t>(p.zeros, from, count, rules.zeros + to);
+    if (p.offsets) widen(p.scale_type, p.offsets, from, count, rules.offsets + to);
   }
   return rules;
 }
 
-// Inputs `from` to `to` of one output's weights, and zeros up to a multiple of the padding. `i`: of the output in the
-// panel.
+#ifdef QUIRE_AVX512
+// Whole groups of bfloat16, the common case; `at` is the first one's place in the rules.
+template <Format F>
+void decode_rules(const uint8_t* bytes, int64_t group, int64_t groups, const Rules& rules, int64_t at, int64_t stride,
+                  Half* out) {
+  const float *scales = rules.scales + at, *zeros = rules.zeros + at, *offsets = rules.offsets + at;
+  if (rules.zeros && rules.offsets)
+    decode_groups<F, true, true>(bytes, group, groups, scales, zeros, offsets, stride, out);
+  else if (rules.zeros)
+    decode_groups<F, true, false>(bytes, group, groups, scales, zeros, offsets, stride, out);
+  else if (rules.offsets)
+    decode_groups<F, false, true>(bytes, group, groups, scales, zeros, offsets, stride, out);
+  else
+    decode_groups<F, false, false>(bytes, group, groups, scales, zeros, offsets, stride, out);
+}
+#endif
+
 template <Format F, typename Element>
-void decode_row(const Problem& p, int64_t output, int64_t from, int64_t to, const Rules& rules, int64_t i,
+void decode_in_groups(const Problem& p, const uint8_t* row, int64_t from, int64_t end, const Rules& rules, int64_t i,
+                      Element* out) {
+  int64_t first = from / p.group, at = first * p.panel + i;
+#ifdef QUIRE_AVX512
+  if constexpr (sizeof(Element) == 2) {
+    if (p.group % 32 == 0 && from % p.group == 0 && end % p.group == 0) {
+      decode_rules<F>(row + from * kBits<F> / 8, p.group, end / p.group - first, rules, at, p.panel, out);
+      return;
+    }
+  }
+#endif
+  int64_t left = std::min((first + 1) * p.group, end) - from;  // the first may have begun before
+  for (int64_t k = from; k < end; at += p.panel) {
+    decode<F>(row, k, left, rules.at(at), out + (k - from));
+    k += left, left = std::min(p.group, end - k);
+  }
+}
+
+// Inputs `from` to `to` of one output's weights, and zeros up to a multiple of the padding. `i`: of the output in the
+// panel. `fetch`: as many bytes are fetched ahead.
+template <Format F, typename Element>
+void decode_row(const Problem& p, int64_t output, int64_t from, int64_t to, const Rules& rules, int64_t i, bool fetch,
                 Element* out) {
   int64_t end = std::min(to, p.inputs);
   const uint8_t* row = p.stored + output * p.inputs * kBits<F> / 8;
-  if (p.group == 0) {
+  if (fetch)
+    for (int64_t b = from * kBits<F> / 8; b < end * kBits<F> / 8; b += 64) __builtin_prefetch(row + b + kAhead);
+  if (p.group == 0)
     decode<F>(row, from, end - from, Rule{false, 1, rules.at(i).zero, 0}, out);
-  } else {
-    int64_t first = from / p.group, left = std::min((first + 1) * p.group, end) - from;  // the first may have begun before
-    for (int64_t k = from, at = first * p.panel + i; k < end; at += p.panel) {
-      decode<F>(row, k, left, rules.at(at), out + (k - from));
-      k += left, left = std::min(p.group, end - k);
-    }
-  }
+  else
+    decode_in_groups<F>(p, row, from, end, rules, i, out);
   if (end < to) std::memset(out + (end - from), 0, (to - end) * sizeof(Element));
 }
 
-template <typename Element>
+template <typename Element, bool kFetch>
 void multiply_rows(const Problem& p, int64_t row, int64_t num_rows, const Element* w, int64_t w_stride, int64_t from,
-                   int64_t count, int64_t outputs, float* sums, int64_t sums_stride) {
+                   int64_t count, int64_t outputs, float* sums, int64_t sums_stride, Ahead& ahead) {
   for_tiles(num_rows, kMostRows, [&](int64_t r, int64_t take) {
     const Element* x = static_cast<const Element*>(p.x) + (row + r) * p.stride + from;
-    Tile<Element> tile = tile_of<Element>(take);
+    Tile<Element> tile = tile_of<Element, kFetch>(take);
+    ahead.between_tiles();
     for (int64_t n = 0; n < outputs; n += tile.outputs)
-      tile.run(x, p.stride, w + n * w_stride, w_stride, count, sums + r * sums_stride + n, sums_stride, from == 0);
+      tile.run(x, p.stride, w + n * w_stride, w_stride, count, sums + r * sums_stride + n, sums_stride, from == 0, ahead);
   });
 }
 
@@ -128,22 +156,28 @@ void run_panel(const void* problem, int64_t index) {
   int64_t num_rows = std::min(kRowBlock, p.rows - row);
   int64_t first = panel * p.panel, count = std::min(p.panel, p.outputs - first);
   Rules rules = rules_of(p, first, count);
-  bool few = num_rows <= kFewRows;
+  fetch_rules(p, first + p.panel);
+  // One tile's rows meet eight outputs, decoded to the nearest cache; more rows a panel, in the next one.
+  bool few = num_rows <= kMostRows;
   int64_t at_once = few ? 8 : p.panel;
-  int64_t padded = (p.inputs + kPad - 1) / kPad * kPad;
+  int64_t padded = (p.inputs + kPad - 1) / kPad * kPad, bytes = p.inputs * kBits<F> / 8;
   int64_t span = few ? padded : std::min(padded, kChunk<Element>), w_stride = span + kPad;
+  int64_t steps = (num_rows + kMostRows - 1) / kMostRows * (at_once / kTile) * padded / kStep<Element>;
+  bool fetch = !few && at_once * bytes <= kMostAhead;
   Element* w = scratch<Element>(2, at_once * w_stride);
   float* sums = scratch<float>(3, num_rows * at_once);
   for (int64_t n = 0; n < count; n += at_once) {
     int64_t real = std::min(at_once, count - n), whole = (real + 7) / 8 * 8;
+    Ahead ahead(p.stored + (first + n + at_once) * bytes, at_once * bytes, steps);
     for (int64_t from = 0; from < padded; from += span) {
       int64_t to = std::min(from + span, padded);
       for (int64_t i = 0; i < real; ++i)
-        decode_row<F>(p, first + n + i, from, to, rules, n + i, w + i * w_stride);
+        decode_row<F>(p, first + n + i, from, to, rules, n + i, !fetch, w + i * w_stride);
       for (int64_t i = real; i < whole; ++i) std::memset(w + i * w_stride, 0, (to - from) * sizeof(Element));
+      auto multiply = fetch ? multiply_rows<Element, true> : multiply_rows<Element, false>;
       for (int64_t k = from; k < to; k += kChunk<Element>)
-        multiply_rows<Element>(p, row, num_rows, w + (k - from), w_stride, k, std::min(kChunk<Element>, to - k), whole, sums,
-                               at_once);
+        multiply(p, row, num_rows, w + (k - from), w_stride, k, std::min(kChunk<Element>, to - k), whole, sums, at_once,
+                 ahead);
     }
     if (p.out_type == ffi::DataType::F32)
       finish<float>(p, row, num_rows, first + n, real, rules.scales + n, sums, at_once);
@@ -188,7 +222,7 @@ ffi::Error packed_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
   if (!run) return ffi::Error::InvalidArgument("no product of these types");
   int64_t blocks = (p.rows + kRowBlock - 1) / kRowBlock, threads = std::max<int64_t>(pool.num_threads(), 1);
   // Few rows' weights are decoded eight outputs at a time in any case.
-  p.panel = p.rows <= kFewRows ? 32 : panel_of(p.outputs, blocks, threads, 128, 32);
+  p.panel = p.rows <= kMostRows ? 32 : panel_of(p.outputs, blocks, threads, 128, 32);
   p.num_panels = (p.outputs + p.panel - 1) / p.panel;
   run_all(pool, &p, run, p.num_panels * blocks);
   return ffi::Error::Success();

@@ -92,17 +92,34 @@ using Vector = Floats;
 template <typename Element>
 constexpr int kStep = sizeof(Element) == 2 ? 2 * kLanes : kLanes;
 
-// Rows x outputs of the result: `sums[r, c]` = or += the products of `count` inputs. `kFetch`: weights lie where they
-// were loaded, rows side by side, and as many more are fetched ahead.
+// What is fetched ahead while tiles are multiplied, spread over their steps: `each` lines of 64 bytes at a step, up to
+// `end`.
+struct Ahead {
+  const uint8_t *at, *end;
+  int64_t each;
+
+  // `bytes` from `from` on, in `steps` steps.
+  Ahead(const void* from, int64_t bytes, int64_t steps)
+      : at(static_cast<const uint8_t*>(from)), end(at + bytes), each((bytes / 64 + steps - 1) / std::max<int64_t>(steps, 1)) {}
+
+  template <int kLocality = 3>  // 3: into the nearest cache, 2: into the next one
+  void step() {
+    const uint8_t* from = at;
+    for (int64_t i = 0; i < each; ++i, from += 64) __builtin_prefetch(from, 0, kLocality);
+    at = from;
+  }
+  void between_tiles() {
+    if (at >= end) each = 0;
+  }
+};
+
+// Rows x outputs of the result: `sums[r, c]` = or += the products of `count` inputs. `kFetch`: `ahead` is fetched.
 template <typename Element, int kRows, int kOutputs, bool kFetch>
 void multiply(const Element* x, int64_t x_stride, const Element* w, int64_t w_stride, int64_t count, float* sums,
-              int64_t sums_stride, bool first) {
+              int64_t sums_stride, bool first, Ahead& ahead) {
   Lanes total[kRows][kOutputs] = {};
   for (int64_t k = 0; k < count; k += kStep<Element>) {
-    if constexpr (kFetch) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kOutputs; ++c) __builtin_prefetch(w + (c + kOutputs) * w_stride + k);
-    }
+    if constexpr (kFetch) ahead.step<2>();
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       Vector<Element> row(x + r * x_stride + k);
@@ -119,7 +136,7 @@ void multiply(const Element* x, int64_t x_stride, const Element* w, int64_t w_st
 
 template <typename Element>
 struct Tile {
-  void (*run)(const Element*, int64_t, const Element*, int64_t, int64_t, float*, int64_t, bool);
+  void (*run)(const Element*, int64_t, const Element*, int64_t, int64_t, float*, int64_t, bool, Ahead&);
   int64_t outputs;
 };
 

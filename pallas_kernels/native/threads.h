@@ -23,27 +23,42 @@ T* scratch(int which, size_t count) {
 
 using Piece = void (*)(const void* problem, int64_t index);
 
-// Whoever comes takes the next piece. The caller takes pieces itself and waits only for those that others have begun,
-// so that a pool whose threads are all busy, or wait in calls like this one, holds nothing up.
+// Pieces are shared out in ranges, one for each thread, so that a thread reads on where it was: what is fetched ahead is
+// its own. Who has done with a range goes on with the next one's rest. The caller takes pieces itself and waits only for
+// those that others have begun, so that a pool whose threads are all busy, or wait in calls like this one, holds nothing up.
 struct Work {
-  std::atomic<int64_t> next{0}, done{0};
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Range> ranges;
+  std::atomic<int64_t> takers{0}, done{0};
   int64_t count;
   const void* problem;  // as long as pieces are left
   Piece run;
 
+  Work(const void* problem, Piece run, int64_t count, int64_t threads)
+      : ranges(threads), count(count), problem(problem), run(run) {
+    for (int64_t t = 0; t < threads; ++t)
+      ranges[t].next.store(count * t / threads, std::memory_order_relaxed), ranges[t].end = count * (t + 1) / threads;
+  }
+
   void take() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      run(problem, i);
-      done.fetch_add(1, std::memory_order_release);
+    size_t own = takers.fetch_add(1, std::memory_order_relaxed);
+    for (size_t t = 0; t < ranges.size(); ++t) {
+      Range& range = ranges[(own + t) % ranges.size()];
+      for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+        run(problem, i);
+        done.fetch_add(1, std::memory_order_release);
+      }
     }
   }
 };
 
 inline void run_all(xla::ffi::ThreadPool pool, const void* problem, Piece run, int64_t count) {
-  auto work = std::make_shared<Work>();
-  work->count = count, work->problem = problem, work->run = run;
-  int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->take(); });
+  int64_t threads = std::max<int64_t>(std::min<int64_t>(pool.num_threads(), count), 1);
+  auto work = std::make_shared<Work>(problem, run, count, threads);
+  for (int64_t i = 1; i < threads; ++i) pool.Schedule([work] { work->take(); });
   work->take();
   for (int spins = 0; work->done.load(std::memory_order_acquire) < count; ++spins)
     if (spins > 1000) std::this_thread::yield();

@@ -1,9 +1,13 @@
-"""The product with packed weights in C++ (`native/product.cc`): each weight is read from memory once, packed.
+"""The product with packed weights in C++: each weight is read from memory once, packed.
 
-A result is the sum of products of the activations with bfloat16 numbers (float32 for float32 activations): the stored
-numbers themselves, less their zero points, where an output has one scale, which multiplies the sum; with groups or
-offsets, the weights' values, rounded to the activations' dtype as they are on every other device. The order of
-additions depends on nothing but the number of inputs.
+Integers with one scale per output meet bfloat16 activations as integers, if the processor has dots of them
+(`native/integers.cc`): a token is written in fixed point, with two digits of 8 bits, and sums are exact up to 4096
+inputs. Kinds that round activations to integers have one digit, and exact sums.
+
+Elsewhere (`native/product.cc`) a result is the sum of products of the activations with bfloat16 numbers (float32 for
+float32 activations): the stored numbers themselves, less their zero points, where an output has one scale, which
+multiplies the sum; with groups or offsets, the weights' values, rounded to the activations' dtype as they are on every
+other device. The order of additions depends on nothing but the number of inputs.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import native
 from pallas_kernels.device import Device
@@ -24,6 +29,7 @@ from pallas_kernels.quantized_matmul.xla import both
 PADDED = 32  # rows of activations are padded to a multiple of it
 MOST_ROWS_WITHOUT_DOTS = 16
 MOST_ROWS_OF_INTEGERS = 32
+MOST_INPUTS_OF_INTEGERS = 1 << 16  # of which sums of any weights and activations fit in 32 bits
 
 
 def device_reason(device: Device) -> str | None:
@@ -36,6 +42,8 @@ def supports(problem: QuantizedMatmulProblem) -> str | None:
     integers = _of_integers(problem.rule, problem.group_size)
     if integers and not native.unavailable() and not native.has_integer_dots():
         return "8-bit integers on both sides, on a processor without AVX-512's dots of them"
+    if integers and problem.k > MOST_INPUTS_OF_INTEGERS:
+        return f"{problem.k} inputs of 8-bit integers on both sides, more than {MOST_INPUTS_OF_INTEGERS}"
     if problem.static_activations and not integers:
         return "activations quantized by a scale known beforehand"
     if problem.dtype not in ("float32", "bfloat16", "float16"):
@@ -66,9 +74,11 @@ def run(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
     """See `api.quantized_matmul`."""
     dtype = KINDS[weight.kind].activations
     if dtype is None:
-        return _product(x, weight, out_dtype)
+        return _integers(x, weight, out_dtype, 2) if _in_digits(x, weight) else _product(x, weight, out_dtype)
     if _of_integers(KINDS[weight.kind], weight.group_size):
-        return both(x, weight, dtype, _integer_product).astype(out_dtype)
+        if weight.static is None:
+            return _integers(x, weight, out_dtype, 1)
+        return both(x, weight, dtype, _sums_of_integers).astype(out_dtype)
     if dtype == "int8":
         numbers, scales = quantize_activations(x, dtype, weight.group_size)
         numbers = numbers.astype(jnp.float32)
@@ -84,10 +94,36 @@ def _of_integers(rule: Kind, group_size: int) -> bool:
     return rule.activations == "int8" and group_size < 0
 
 
-def _integer_product(x: jax.Array, stored: jax.Array) -> jax.Array:
+def _in_digits(x: jax.Array, weight: QuantizedWeight) -> bool:
+    """Whether the weights meet the activations' digits: with float32 activations a product would need three."""
+    whole = weight.group_size < 0 and weight.offsets is None and jnp.issubdtype(weight.stored.dtype, jnp.integer)
+    return whole and x.dtype == jnp.bfloat16 and weight.k <= MOST_INPUTS_OF_INTEGERS and native.has_integer_dots()
+
+
+def _integers(x: jax.Array, weight: QuantizedWeight, out_dtype: Any, digits: int) -> jax.Array:
+    """[M, N]; one digit is `quantize_activations`, bit for bit."""
+    x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
+    return _integer_product(x, weight.stored, weight.scales[0], weight.zero_points, out_dtype, digits)
+
+
+def _sums_of_integers(x: jax.Array, stored: jax.Array) -> jax.Array:
     """float32[M, N] of int8[M, K] and int8[N, K], summed exactly."""
-    shape = jax.ShapeDtypeStruct((x.shape[0], stored.shape[0]), jnp.int32)
-    return jax.ffi.ffi_call("quire_integer_product", shape)(x, stored).astype(jnp.float32)
+    return _integer_product(x, stored, jnp.zeros(0, jnp.float32), None, jnp.float32, 1)
+
+
+def _integer_product(
+    x: jax.Array, stored: jax.Array, scales: jax.Array, zero_points: jax.Array | None, out_dtype: Any, digits: int
+) -> jax.Array:
+    """[M, N] of x, bfloat16, float32 or int8 [M, K], and integers [N, K]; `scales` may be empty, which means 1."""
+    zeros = jnp.zeros(0, jnp.int8) if zero_points is None else zero_points
+    shape = jax.ShapeDtypeStruct((x.shape[0], stored.shape[0]), _direct(out_dtype))
+    found = jax.ffi.ffi_call("quire_integer_product", shape)(x, stored, scales, zeros, digits=np.int64(digits))
+    return found.astype(out_dtype)
+
+
+def _direct(out_dtype: Any) -> Any:
+    """The dtype that a kernel writes for it."""
+    return jnp.dtype(out_dtype) if out_dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
 
 
 def _product(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array:
@@ -100,8 +136,7 @@ def _product(x: jax.Array, weight: QuantizedWeight, out_dtype: Any) -> jax.Array
     scales = weight.scales
     if offsets.dtype != scales.dtype:
         scales, offsets = scales.astype(jnp.float32), offsets.astype(jnp.float32)
-    direct = jnp.dtype(out_dtype) if out_dtype in (jnp.float32, jnp.bfloat16) else jnp.dtype(jnp.float32)
-    shape = jax.ShapeDtypeStruct((x.shape[0], weight.n), direct)
+    shape = jax.ShapeDtypeStruct((x.shape[0], weight.n), _direct(out_dtype))
     return jax.ffi.ffi_call("quire_packed_product", shape)(x, weight.stored, scales, zeros, offsets).astype(out_dtype)
 
 

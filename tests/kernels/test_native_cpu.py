@@ -8,7 +8,7 @@ import logging
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,9 @@ NATIVE_KINDS = [kind for kind in KINDS if kind != "w8a8"]
 call = jax.jit(quantized_matmul, static_argnames=("out_dtype", "implementation"))
 
 needs_compiler = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
+needs_integers = pytest.mark.skipif(
+    library.unavailable() is not None or not library.has_integer_dots(), reason="no dots of integers"
+)
 
 
 @pytest.fixture(scope="module")
@@ -265,8 +268,7 @@ def test_calls_from_several_threads_share_the_pool() -> None:
     assert not wrong
 
 
-@needs_compiler
-@pytest.mark.skipif(library.unavailable() is None and not library.has_integer_dots(), reason="no dots of integers")
+@needs_integers
 @pytest.mark.parametrize(("k", "n"), [(64, 1), (1000, 45), (4097, 130)])
 def test_sums_of_integers_are_exact(k: int, n: int) -> None:
     """The extremes of both sides among them."""
@@ -275,8 +277,49 @@ def test_sums_of_integers_are_exact(k: int, n: int) -> None:
     x[0], stored[0] = -128, -128
     x[1] = 127
     for first, last in ((0, 1), (1, 3), (3, 6), (0, 13)):
-        found = native_cpu._integer_product(jnp.asarray(x[first:last], jnp.int8), jnp.asarray(stored, jnp.int8))
+        found = native_cpu._sums_of_integers(jnp.asarray(x[first:last], jnp.int8), jnp.asarray(stored, jnp.int8))
         np.testing.assert_array_equal(found, (x[first:last] @ stored.T).astype(np.float32))
+
+
+@needs_integers
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("kind", ["w8a16", "w4a16"])
+@pytest.mark.parametrize(("k", "n"), [(10, 3), (64, 8), (100, 37), (4200, 12)])
+def test_two_digits_hold_bfloat16(k: int, n: int, kind: str, zero_points: bool) -> None:
+    """Where no activation is less than a 128th of the largest, nothing is rounded but sums: with matrices that end
+    inside a step, in more than one chunk, and in tiles of one to three rows.
+    """
+    rng = np.random.default_rng(25)
+    weight = Case("", 7, k, n, kind, zero_points=zero_points).weight(rng)
+    x = jnp.asarray(rng.uniform(1, 100, (7, k)) * rng.choice([-1, 1], (7, k)), "bfloat16")
+    numbers = np.asarray(weight.stored, np.float64) - (
+        0 if weight.zero_points is None else np.asarray(weight.zero_points).T
+    )
+    values = numbers * np.asarray(weight.scales, np.float64).T
+    wide = np.asarray(x, np.float64)
+    found = call(x, weight, implementation="native_cpu", out_dtype="float32")
+    assert (np.abs(found - wide @ values.T) <= 1e-6 * (np.abs(wide) @ np.abs(values).T)).all()
+
+
+@needs_integers
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_digit_is_the_specification(dtype: str) -> None:
+    """Bit for bit: numbers, scales and the order in which they are multiplied."""
+    case = Case("", 70, 1000, 45, "w8a8")
+    rng = np.random.default_rng(26)
+    weight, x = case.weight(rng), case.activations(rng, dtype).at[3].set(0)
+    found, expected = (call(x, weight, implementation=name, out_dtype="float32") for name in ("native_cpu", "xla"))
+    np.testing.assert_array_equal(found, expected)
+
+
+@needs_integers
+@pytest.mark.parametrize(("bad", "shown"), [(np.nan, np.isnan), (np.inf, lambda found: ~np.isfinite(found))])
+def test_what_is_no_number_stays_none(bad: float, shown: Callable[[np.ndarray], np.ndarray]) -> None:
+    weight = from_dense(jnp.ones((64, 8)), "w8a16")
+    x = jnp.ones((2, 64), "bfloat16").at[1, 5].set(bad)
+    found = np.asarray(call(x, weight, implementation="native_cpu", out_dtype="float32"))
+    np.testing.assert_allclose(found[0], 64, rtol=1e-6)
+    assert shown(found[1]).all()
 
 
 def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
