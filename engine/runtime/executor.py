@@ -169,7 +169,7 @@ class Executor:
 
     def forward(self, plan: StepPlan) -> StartedStep:
         """Start the forward pass of one step and return at once. `sample` must follow before the next step's."""
-        bucket = self.program.buckets.choose(plan.num_tokens, len(plan.items), plan.has_drafts)
+        bucket = self.program.buckets.choose(plan.num_tokens, len(plan.items), plan.most_drafts)
         layout = self.program.layout(bucket)
         for item in plan.items:
             if item.starts_row:

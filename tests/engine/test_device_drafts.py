@@ -26,11 +26,12 @@ EXECUTABLES: dict[str, Any] = {"max_num_batched_tokens": 24, "block_size": 8, "m
 # A model that guesses for itself is always right, one of other weights hardly ever.
 METHODS: dict[str, dict[str, Any]] = {
     "layer_skip": {"method": "layer_skip", "layers": [1]},
+    "packed": {"method": "layer_skip", "quantization": "int8_w8a8"},
     "same_model": {"method": "draft_model", "model": str(TINY / "llama")},
     "other_model": {"method": "draft_model", "model": str(TINY / "llama_bias")},
     "int8_weights": {"method": "draft_model", "model": str(TINY / "llama"), "quantization": "int8"},
 }
-SLOW = ("layer_skip", "other_model", "int8_weights")
+SLOW = ("layer_skip", "packed", "other_model", "int8_weights")
 
 
 def config_of(method: str, **changes: Any) -> str:
@@ -160,7 +161,8 @@ def test_state_made_anew_forgets_what_was_drafted(parts: BuiltEngine, alone: lis
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"method": "layer_skip"}, "layers is missing"),
+        ({"method": "layer_skip"}, "layers or quantization is missing"),
+        ({"method": "layer_skip", "quantization": "int5"}, "speculative_config: quantization 'int5' is not known"),
         ({"method": "layer_skip", "layers": 0}, "number of layers or a list"),
         ({"method": "layer_skip", "layers": [1, 0]}, "ascending indices"),
         ({"method": "layer_skip", "layers": 99}, "leave out at least one of the model's 3 layers"),
