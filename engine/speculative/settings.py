@@ -114,9 +114,10 @@ def parse_speculative(text: str) -> SpeculativeSettings:
     for name in ("method", "num_speculative_tokens"):
         _check(name in found, f"{name} is missing.")
     if found["method"] in KEYS_OF:
-        for method, keys in KEYS_OF.items():
-            foreign = sorted(set(found) & set(keys) - set(KEYS_OF[found["method"]]))
-            _check(not foreign, f"{', '.join(foreign)} is of method {method!r} only.")
+        for key in found:
+            owners = [method for method, keys in KEYS_OF.items() if key in keys]
+            own = not owners or found["method"] in owners
+            _check(own, f"{key} is of method {' or '.join(map(repr, owners))} only.")
     return SpeculativeSettings(**{str(name): value for name, value in found.items()})
 
 

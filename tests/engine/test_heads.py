@@ -236,7 +236,7 @@ def test_right_guesses_are_used(shelf: EngineShelf, tmp_path: Path, method: str)
     [
         ({"model": None}, "model is missing"),
         ({"method": "mtp"}, "no model family here has layers of multi-token prediction"),
-        ({"quantization": "int8"}, "quantization is of method 'draft_model' only"),
+        ({"quantization": "int8"}, "quantization is of method 'layer_skip' or 'draft_model' only"),
     ],
 )
 def test_settings_errors(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
