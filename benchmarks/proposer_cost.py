@@ -97,7 +97,8 @@ def measure(method: str, num_seqs: int, every: Sequence[Replay], num_steps: int,
     guess, whole = [], []
     for kind in (guess, whole):
         proposer = make_proposer(settings)
-        speculator = Speculator(proposer, StepTimes({1024: 1.0}, {1024: 5.0}))  # it never pays, and might
+        times = StepTimes({1024: 1.0}, {NUM_DRAFTS: {1024: 5.0}})  # it never pays, and might
+        speculator = Speculator(proposer, times, 1024)
         for number, replay in enumerate(every[-NUM_PAST:]):
             ended = start(replay, -number)
             ended.output_token_ids = list(replay.output)

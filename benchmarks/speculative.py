@@ -6,9 +6,10 @@
     python -m benchmarks.speculative --quick        # does everything work? (no measurement)
 
 Greedy, exact output lengths, no prefix cache. A cell is a workload (`workloads/speculation.py`) with so many requests
-at a time; with less than eight of them, eight requests are made in turn. Its figure is the time without drafts over the
-time with them, prompts included, and the median over the repetitions. Repetition 0 is for warming up. Each repetition
-asks something else, and has a cache salt of its own: what suffix decoding remembers is of the same repetition.
+at a time; with less than eight of them (`--requests`), eight requests are made in turn. Its figure is the time without
+drafts over the time with them, prompts included, and the median over the repetitions. Repetition 0 is for warming up.
+Each repetition asks something else, and has a cache salt of its own: what suffix decoding remembers is of the same
+repetition.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from serving.bench.machine import machine
 
 DEFAULT_METHODS = ("ngram", "suffix")
 DEFAULT_DRAFTS = 7  # with the known token eight rows: on a CPU they take as long as six
-FEWEST_REQUESTS = 8  # of a cell
 MAX_MODEL_LEN = 512
+LONGEST_VALUE = 16  # of a setting in the name of a lane
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "repetitions": args.repetitions,
         "quick": args.quick,
     }
-    cells: list[Cell] = []
+    cells = _earlier_cells(args.out) if args.add else []
     for dtype in args.dtype.split(","):
         for cell in _measure_dtype(dtype, args):
-            cells.append(cell)
+            cells = [*(other for other in cells if other.place != cell.place), cell]
+            cells.sort(key=lambda cell: cell.place)
             _write(args.out, facts, cells)  # what is measured is kept, whatever comes later
             speedup = speculative_report.speedup(cell)
             print(f"{dtype} {cell.lane} {cell.workload} x{cell.streams}: {speedup.median:.2f}", flush=True)
@@ -90,6 +92,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="float32", help="default: %(default)s")
     add("--model", default="demo", help="one with a chat template (default: %(default)s)")
     add("--repetitions", type=int, default=3, help="after the warm-up (default: %(default)s)")
+    add("--requests", type=int, default=8, help="fewest of a cell (default: %(default)s)")
+    add("--add", action="store_true", help="keep what --out has, but for cells that are measured again")
     add("--quick", action="store_true", help="one repetition, two streams at most, short answers")
     add("--out", type=Path, default=Path("benchmarks/results/local/speculative"))
     args = parser.parse_args(argv)
@@ -112,7 +116,7 @@ def lanes(methods: Sequence[str], adaptive: str) -> dict[str, dict[str, Any]]:
         config.setdefault("num_speculative_tokens", DEFAULT_DRAFTS)
         others = {k: v for k, v in config.items() if k not in ("method", "num_speculative_tokens", "adaptive")}
         parts = [f"{config['method']} k={config['num_speculative_tokens']}"]
-        parts += [f"{key}={value if isinstance(value, int | float) else '…'}" for key, value in others.items()]
+        parts += [f"{key}={value if len(str(value)) <= LONGEST_VALUE else '…'}" for key, value in others.items()]
         for on in (True, False):
             if adaptive == "both" or on == (adaptive == "on"):
                 name = " ".join(parts) + (", adaptive" if on else ", always")
@@ -143,17 +147,17 @@ def _measure_dtype(dtype: str, args: argparse.Namespace) -> Iterator[Cell]:
                 for workload in args.workload.split(","):
                     for count in streams:
                         turns = [
-                            _turn((plain, guessing), workload, count, number, args.quick)
+                            _turn((plain, guessing), workload, count, number, args)
                             for number in range(args.repetitions + 1)
                         ]
                         yield Cell(dtype, lane, workload, count, turns[1:])
 
 
-def _turn(engines: tuple[Engine, Engine], workload: str, streams: int, number: int, quick: bool) -> Turn:
+def _turn(engines: tuple[Engine, Engine], workload: str, streams: int, number: int, args: argparse.Namespace) -> Turn:
     """Both engines batch by batch, the order changing each time: load from elsewhere meets both alike."""
     chosen = WORKLOADS[workload]
-    num_requests = streams if quick else max(streams, FEWEST_REQUESTS)
-    output_len = 8 if quick else chosen.output_len
+    num_requests = streams if args.quick else max(streams, args.requests)
+    output_len = 8 if args.quick else chosen.output_len
     messages = chosen.messages(number)[:num_requests]
     salt = f"{workload}/{streams}/{number}"
     runs: dict[int, list[_Run]] = {0: [], 1: []}
@@ -215,6 +219,18 @@ def _compare(plain: _Run, guessing: _Run) -> Turn:
         num_draft_tokens=num_draft_tokens,
         accepted_per_pos=tuple(accepted),
     )
+
+
+def _earlier_cells(out: Path) -> list[Cell]:
+    """Those of an earlier run that wrote there."""
+    file = out / "results.json"
+    if not file.exists():
+        return []
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    turns = [
+        [Turn(**{**turn, "accepted_per_pos": tuple(turn["accepted_per_pos"])}) for turn in c["turns"]] for c in cells
+    ]
+    return [Cell(**{**cell, "turns": found}) for cell, found in zip(cells, turns, strict=True)]
 
 
 def _write(out: Path, facts: dict[str, Any], cells: Sequence[Cell]) -> str:

@@ -56,6 +56,11 @@ class Cell:
     streams: int
     turns: list[Turn]
 
+    @property
+    def place(self) -> tuple[str, str, str, int]:
+        """In a report: what no two cells of it share."""
+        return self.workload, self.dtype, self.lane, self.streams
+
 
 class Speedup(NamedTuple):
     """Time without drafts over time with them: median, lowest and highest of the repetitions."""

@@ -159,15 +159,16 @@ class EngineCore:
         if scheduler.may_admit or not speculator.wakes(scheduler.num_running):
             return
         decoding = [sequence for sequence in scheduler.running if sequence.wants_tokens]
-        if not decoding or any(sequence.num_uncomputed > 1 for sequence in decoding) or not speculator.pays(decoding):
+        if not decoding or any(sequence.num_uncomputed > 1 for sequence in decoding):
             return
-        if speculator.must_read(decoding):
+        num_drafts = speculator.pays(decoding)
+        if num_drafts and speculator.must_read(decoding):
             while self._in_flight:
                 self._collect_oldest()
             decoding = [sequence for sequence in scheduler.running if sequence.wants_tokens]
-            if not decoding or not speculator.pays(decoding):
-                return
-        speculator.give(decoding)
+            num_drafts = speculator.pays(decoding) if decoding else 0
+        if num_drafts:
+            speculator.give(decoding, num_drafts)
 
     def _dispatch_next(self) -> None:
         self._dispatched = False
@@ -266,11 +267,10 @@ class EngineCore:
         self.timeline.on_collected(step.plan.step_id, now)
         # The device took it up when it was dispatched, or when it was done with the one before.
         seconds, shape = now - max(dispatched, self._collected_at), step.bucket
-        drafts = shape.num_logits > 1
-        if self.scheduler.pace is not None and not drafts:
+        if self.scheduler.pace is not None and shape.num_logits == 1:
             self.scheduler.pace.observe(shape.num_tokens, seconds)
         if self._speculator is not None:
-            self._speculator.observe_time(shape.num_tokens, shape.num_seqs, seconds, drafts=drafts)
+            self._speculator.observe_time(shape.num_tokens, shape.num_seqs, seconds, shape.num_logits - 1)
         self._collected_at = now
         collected = time.perf_counter()
         self._commit(result)
@@ -301,7 +301,7 @@ class EngineCore:
             add_prompt_score(score, self.outputs.describe)
         for part in result.pooled:
             self._commit_pooled(part)
-        if result.plan.has_drafts:
+        if result.plan.most_drafts:
             self.stats.on_drafts(result.plan, result.tokens)
         cut: Sequence | None = None  # ended by a token that was not the last of this step
         now, records, stats, touched = time.monotonic(), self._records, self.stats, self._touched

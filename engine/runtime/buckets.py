@@ -2,8 +2,8 @@
 
 A step with n tokens of s sequences runs in the smallest bucket with `num_tokens >= n` and `num_seqs >= s`. There are
 three kinds: decode buckets, one token per sequence (t, t), mixed buckets, where few (`small`) or all sequences share t
-tokens, and verify buckets, where each of s sequences has a token and k drafts (s * (k + 1), s), all with logits. No jax
-here.
+tokens, and verify buckets, where each of s sequences has a token and k drafts at most (s * (k + 1), s), all with
+logits. There are verify buckets of few k: many drafts pay for one sequence, few of them for several. No jax here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cached_property
 SMALL_MIXED_SEQS = 8  # a lone prompt should not pay for the logits of every row
 SMALL_MIXED_TOKENS = 256  # beyond this the logits of every row are lost in the rest
 MOST_VERIFIED_SEQS = 64  # a step of more sequences is never short of work for the device: drafts only cost there
+FEWEST_VERIFIED_ROWS = 4  # of a sequence: to halve fewer rows saves little time and costs executables
 
 
 @dataclass(frozen=True, order=True)
@@ -67,6 +68,15 @@ class BucketTable:
         """Token counts of mixed buckets, ascending."""
         return geometric(min(16, self.max_num_tokens), self.max_num_tokens)
 
+    @property
+    def draft_sizes(self) -> list[int]:
+        """Most drafts of a sequence that have verify buckets, ascending: rows halve as long as a few are left."""
+        sizes, rows = [], self.num_drafts + 1
+        while rows > 1 and (not sizes or rows >= FEWEST_VERIFIED_ROWS):
+            sizes.append(rows - 1)
+            rows //= 2
+        return sizes[::-1]
+
     def all(self) -> list[Bucket]:
         """Every bucket, those first that a first request meets."""
         small = min(SMALL_MIXED_SEQS, self.max_num_seqs)
@@ -81,20 +91,25 @@ class BucketTable:
 
     def verify(self) -> list[Bucket]:
         """Buckets of steps with drafts, ascending."""
-        if self.num_drafts == 0:
-            return []
-        rows = self.num_drafts + 1
-        sizes = [s for s in self.seq_sizes if s <= MOST_VERIFIED_SEQS and s * rows <= self.max_num_tokens]
-        return [Bucket(s * rows, s, rows) for s in sizes]
+        return sorted(
+            Bucket(seqs * (drafts + 1), seqs, drafts + 1)
+            for drafts in self.draft_sizes
+            for seqs in self.seq_sizes
+            if seqs <= MOST_VERIFIED_SEQS and seqs * (drafts + 1) <= self.max_num_tokens
+        )
 
-    def choose(self, num_tokens: int, num_seqs: int, has_drafts: bool = False) -> Bucket:
+    def choose(self, num_tokens: int, num_seqs: int, num_drafts: int = 0) -> Bucket:
         """The cheapest bucket that holds the step.
+
+        Args:
+            num_tokens, num_seqs: of the step.
+            num_drafts: most drafts of a sequence in it.
 
         Raises:
             ValueError: the step exceeds the largest bucket; the scheduler's budget excludes that.
         """
-        for bucket in self._verifying if has_drafts else self._others:
-            if bucket.num_tokens >= num_tokens and bucket.num_seqs >= num_seqs:
+        for bucket in self._verifying if num_drafts else self._others:
+            if bucket.num_tokens >= num_tokens and bucket.num_seqs >= num_seqs and bucket.num_logits > num_drafts:
                 return bucket
         raise ValueError(
             f"no bucket for {num_tokens} tokens of {num_seqs} sequences: "
@@ -109,7 +124,7 @@ class BucketTable:
 
     @cached_property
     def _verifying(self) -> list[Bucket]:
-        return sorted(self.verify())
+        return self.verify()
 
     @cached_property
     def _others(self) -> list[Bucket]:

@@ -183,7 +183,7 @@ class Executor:
             bucket: the shape to run in; None = the cheapest that holds the step and is there.
         """
         if bucket is None:
-            bucket = self.executables.choose(self._buckets, plan.num_tokens, len(plan.items), plan.has_drafts)
+            bucket = self.executables.choose(self._buckets, plan.num_tokens, len(plan.items), plan.most_drafts)
         layout = self._layouts[bucket]
         for item in plan.items:
             if item.starts_row:

@@ -91,14 +91,14 @@ class Executables:
         """Make no more of them."""
         self._filling.stop()
 
-    def choose(self, table: BucketTable, num_tokens: int, num_seqs: int, has_drafts: bool = False) -> Bucket:
+    def choose(self, table: BucketTable, num_tokens: int, num_seqs: int, num_drafts: int = 0) -> Bucket:
         """The cheapest bucket that holds a step and is there; the cheapest one if none is there yet.
 
         Raises:
             ValueError: as `BucketTable.choose`.
         """
-        wanted = table.choose(num_tokens, num_seqs, has_drafts)
-        if ("forward", wanted) in self._ready or has_drafts or self._filling.done:
+        wanted = table.choose(num_tokens, num_seqs, num_drafts)
+        if ("forward", wanted) in self._ready or num_drafts or self._filling.done:
             return wanted
         larger = (b for b in table.holding(num_tokens, num_seqs) if ("forward", b) in self._ready)
         return next(larger, wanted)

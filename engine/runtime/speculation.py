@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import jax
-import numpy as np
 
 from engine.runtime.buckets import Bucket
 from engine.runtime.executor import Executor
@@ -26,10 +25,11 @@ def make_speculator(settings: SpeculativeSettings | None, executor: Executor) ->
     if settings is None:
         return None
     times = measure_step_times(executor) if settings.adaptive else None
-    most_seqs = max(bucket.num_seqs for bucket in executor.program.buckets.verify())
+    num_drafts, verify = settings.num_speculative_tokens, executor.program.buckets.verify()
+    # Without times nobody chooses: all drafts must have room. With them each shape counts.
+    most_seqs = max(b.num_seqs for b in verify if settings.adaptive or b.num_logits == num_drafts + 1)
     drafter = executor.program.drafter
     if drafter is not None:
-        num_drafts = settings.num_speculative_tokens
         return DeviceSpeculator(num_drafts, times, most_seqs, drafter.lags, drafter.forget)
     return Speculator(make_proposer(settings), times, most_seqs)
 
@@ -53,18 +53,18 @@ def measure_step_times(executor: Executor) -> StepTimes:
     buckets = executor.program.buckets
     verify = buckets.verify()
     sizes = {bucket.num_seqs for bucket in verify}
-    plain = [Bucket(size, size) for size in buckets.seq_sizes if size in sizes]
-    return StepTimes(
-        {bucket.num_seqs: _measure(executor, bucket) for bucket in plain},
-        {bucket.num_seqs: _measure(executor, bucket) for bucket in verify},
-        buckets.num_drafts,
-    )
+    shapes = [*(Bucket(size, size) for size in buckets.seq_sizes if size in sizes), *verify]
+    # In turn: what slows the machine for a moment slows one of each, not all of one.
+    turns = [{shape: _measure(executor, shape) for shape in shapes} for _ in range(REPETITIONS)]
+    found = {shape: min(turn[shape] for turn in turns) for shape in shapes}
+    times = {
+        drafts: {shape.num_seqs: found[shape] for shape in shapes if shape.num_logits == drafts + 1}
+        for drafts in (0, *buckets.draft_sizes)
+    }
+    return StepTimes(times.pop(0), times)
 
 
 def _measure(executor: Executor, bucket: Bucket) -> float:
-    seconds = []
-    for _ in range(REPETITIONS):
-        started = time.perf_counter()
-        jax.block_until_ready(executor.run_empty(bucket))
-        seconds.append(time.perf_counter() - started)
-    return float(np.min(seconds))
+    started = time.perf_counter()
+    jax.block_until_ready(executor.run_empty(bucket))
+    return time.perf_counter() - started

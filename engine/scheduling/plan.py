@@ -64,9 +64,9 @@ class StepPlan:
         return sum([item.num_tokens for item in self.items])
 
     @cached_property
-    def has_drafts(self) -> bool:
-        """Whether any sequence has drafts in the step."""
-        return any([item.drafts for item in self.items])
+    def most_drafts(self) -> int:
+        """Drafts of the sequence that has most of them in the step."""
+        return max([len(item.drafts) for item in self.items], default=0)
 
     @property
     def num_sampled(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 DECAY = 0.9  # of what was seen, at each new observation: some ten of them count
 PRIOR_TRIALS = 2.0  # that the first belief is worth
+MOST_SURE = 0.99
 
 
 class AcceptanceRate:
@@ -33,5 +34,7 @@ class AcceptanceRate:
 
     def expected(self, num_drafts: int) -> float:
         """Expected number of right drafts out of so many: rate + rate^2 + …"""
-        rate = min(self.value, 0.99)
+        rate = self._right / self._trials
+        if rate > MOST_SURE:
+            rate = MOST_SURE
         return rate * (1.0 - rate**num_drafts) / (1.0 - rate)

@@ -22,7 +22,7 @@ class DeviceSpeculator:
     """An `AnySpeculator`.
 
     Args:
-        num_drafts: of a sequence in a step.
+        num_drafts: most of a sequence in a step.
         times: of steps; None = draft always.
         most_seqs: sequences of the largest step that may have drafts.
         lags: whether drafts of a sequence need all its tokens on the host first.
@@ -37,7 +37,7 @@ class DeviceSpeculator:
         lags: Callable[[Sequence], bool],
         on_end: Callable[[Sequence], None],
     ) -> None:
-        self._drafts = (FROM_DRAFT,) * num_drafts
+        self._num_drafts = num_drafts
         self._times, self._most_seqs, self._lags, self._on_end = times, most_seqs, lags, on_end
         self._usual = AcceptanceRate(HOPE)
         self._rates: dict[Sequence, AcceptanceRate] = {}
@@ -47,30 +47,30 @@ class DeviceSpeculator:
         """See `AnySpeculator`."""
         return count <= self._most_seqs and (self._times is None or self._times.can_pay(count, LEAST_GAIN))
 
-    def pays(self, sequences: list[Sequence]) -> bool:
+    def pays(self, sequences: list[Sequence]) -> int:
         """See `AnySpeculator`."""
         count, times = len(sequences), self._times
         if not self.wakes(count):
-            return False
+            return 0
         if times is None:
-            return True
-        num_drafts, usual = len(self._drafts), self._usual
-        right = sum(self._rates.get(sequence, usual).expected(num_drafts) for sequence in sequences)
-        gain = (count + right) / count * times.seconds(count, drafts=False) / times.seconds(count, drafts=True)
-        if gain > LEAST_GAIN or self._num_without >= TRY_AGAIN:
+            return self._num_drafts
+        usual = self._usual
+        rates = [self._rates.get(sequence, usual) for sequence in sequences]
+        best = times.best(count, lambda most: sum(rate.expected(most) for rate in rates))
+        if best is not None and (best.gain > LEAST_GAIN or self._num_without >= TRY_AGAIN):
             self._num_without = 0
-            return True
+            return best.num_drafts
         self._num_without += 1
-        return False
+        return 0
 
     def must_read(self, sequences: list[Sequence]) -> bool:
         """See `AnySpeculator`."""
         return any(self._lags(sequence) for sequence in sequences)
 
-    def give(self, sequences: Iterable[Sequence]) -> None:
+    def give(self, sequences: Iterable[Sequence], num_drafts: int) -> None:
         """See `AnySpeculator`."""
         for sequence in sequences:
-            sequence.draft_token_ids = self._drafts
+            sequence.draft_token_ids = (FROM_DRAFT,) * num_drafts
 
     def on_tokens(self, sequence: Sequence, tokens: list[int], num_drafts: int) -> None:
         """See `AnySpeculator`."""
@@ -87,7 +87,7 @@ class DeviceSpeculator:
         self._rates.pop(sequence, None)
         self._on_end(sequence)
 
-    def observe_time(self, num_tokens: int, num_seqs: int, seconds: float, *, drafts: bool) -> None:
+    def observe_time(self, num_tokens: int, num_seqs: int, seconds: float, num_drafts: int) -> None:
         """See `AnySpeculator`."""
-        if self._times is not None and (drafts or num_tokens == num_seqs):
-            self._times.observe(num_seqs, seconds, drafts=drafts)
+        if self._times is not None and (num_drafts or num_tokens == num_seqs):
+            self._times.observe(num_seqs, seconds, num_drafts)

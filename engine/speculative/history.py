@@ -37,6 +37,13 @@ class History:
         known, size, latest_of, earlier = self.tokens, self._size, self._latest_of, self._earlier
         known += tokens
         latest = self.latest
+        if len(tokens) == 1 and len(known) == len(earlier):  # as in most steps; the loop below would do the same
+            end = len(known)
+            run = tokens[0] if size == 1 else tuple(known[end - size :])
+            self.latest = latest_of.get(run, 0)
+            latest_of[run] = end
+            earlier.append(self.latest)
+            return
         for end in range(len(earlier), len(known) + 1):  # those before complete no run
             run = known[end - 1] if size == 1 else tuple(known[end - size : end])
             latest = latest_of.get(run, 0)

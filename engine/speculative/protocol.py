@@ -15,16 +15,16 @@ class AnySpeculator(Protocol):
         """Whether drafts may pay at all with so many sequences."""
         ...
 
-    def pays(self, sequences: list[Sequence]) -> bool:
-        """Whether the next step of these sequences, one token each, should verify drafts."""
+    def pays(self, sequences: list[Sequence]) -> int:
+        """How many drafts of each the next step of these sequences, one token each, should verify at most; 0 = none."""
         ...
 
     def must_read(self, sequences: list[Sequence]) -> bool:
         """Whether the host must have read all tokens of these sequences before they get drafts."""
         ...
 
-    def give(self, sequences: Iterable[Sequence]) -> None:
-        """Give drafts to sequences."""
+    def give(self, sequences: Iterable[Sequence], num_drafts: int) -> None:
+        """Give drafts to sequences, at most so many to each."""
         ...
 
     def on_tokens(self, sequence: Sequence, tokens: list[int], num_drafts: int) -> None:
@@ -35,6 +35,6 @@ class AnySpeculator(Protocol):
         """It has ended."""
         ...
 
-    def observe_time(self, num_tokens: int, num_seqs: int, seconds: float, *, drafts: bool) -> None:
-        """A step took so long in the bucket of so many tokens and sequences, alone on the device."""
+    def observe_time(self, num_tokens: int, num_seqs: int, seconds: float, num_drafts: int) -> None:
+        """A step took so long in the bucket of so many tokens, sequences and drafts of each, alone on the device."""
         ...

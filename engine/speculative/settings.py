@@ -21,7 +21,7 @@ KEYS_OF = {
         "suffix_decoding_max_spec_factor",
         "suffix_decoding_min_token_prob",
     ),
-    "layer_skip": ("layers",),
+    "layer_skip": ("layers", "quantization"),
     "draft_model": ("model", "quantization"),
     "medusa": ("model",),
     "eagle": ("model",),
@@ -48,9 +48,10 @@ class SpeculativeSettings:
         suffix_decoding_max_cached_requests: outputs of the past that are kept to guess from; 0 = none ("suffix").
         suffix_decoding_max_spec_factor: most drafts for each token that matches ("suffix").
         suffix_decoding_min_token_prob: estimated probability below which a draft is not worth it ("suffix").
-        layers: of the model that draft: their indices, or how many of the first ("layer_skip").
+        layers: of the model that draft: their indices, or how many of the first; None = all, packed ("layer_skip").
         model: directory, file or hub id of the draft model ("draft_model"), directory or hub id of the heads (`HEADS`).
-        quantization: of the draft model's weights while they are loaded ("draft_model").
+        quantization: of the draft model's weights while they are loaded ("draft_model"), or of the model's own weights,
+            which then draft packed ("layer_skip").
         adaptive: draft only where it pays by the measured times and rates; False = wherever there is a guess.
     """
 
@@ -79,7 +80,8 @@ class SpeculativeSettings:
         )
         _check_number("suffix_decoding_max_spec_factor", self.suffix_decoding_max_spec_factor, 0.5, MOST_DRAFTS)
         _check_number("suffix_decoding_min_token_prob", self.suffix_decoding_min_token_prob, 0, 1)
-        _check((self.layers is not None) == (self.method == "layer_skip"), "layers is missing.")
+        shortened = self.layers is not None or self.quantization is not None
+        _check(shortened or self.method != "layer_skip", "layers or quantization is missing.")
         _check((self.model is not None) == (self.method in WITH_MODEL), "model is missing.")
         if self.layers is not None:
             object.__setattr__(self, "layers", _layers(self.layers))
@@ -112,9 +114,10 @@ def parse_speculative(text: str) -> SpeculativeSettings:
     for name in ("method", "num_speculative_tokens"):
         _check(name in found, f"{name} is missing.")
     if isinstance(found["method"], str) and found["method"] in KEYS_OF:
-        for method, keys in KEYS_OF.items():
-            foreign = sorted(set(found) & set(keys) - set(KEYS_OF[found["method"]]))
-            _check(not foreign, f"{', '.join(foreign)} is of method {method!r} only.")
+        for key in found:
+            owners = [method for method, keys in KEYS_OF.items() if key in keys]
+            own = not owners or found["method"] in owners
+            _check(own, f"{key} is of method {' or '.join(map(repr, owners))} only.")
     return SpeculativeSettings(**{str(name): value for name, value in found.items()})
 
 

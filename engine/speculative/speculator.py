@@ -4,10 +4,11 @@ A step with drafts of S sequences takes longer than one without and gives more t
 
     (S + expected right drafts) / time with drafts  >  S / time without
 
-by the measured times of both shapes and by how often each sequence's guesses were right. The rates are known without
-drafting, too: the first guess after each token is compared with the token that comes. So a sequence that starts to copy
-is noticed, and one whose guesses fail costs nothing but the guess. With so many sequences that even right drafts would
-not pay, nobody guesses: what was missed is read when they are fewer.
+by the measured times of both shapes and by how often each sequence's guesses were right. Of the shapes with drafts,
+some for many of each sequence and some for few, the one is taken that gives most. The rates are known without drafting,
+too: the first guess after each token is compared with the token that comes. So a sequence that starts to copy is
+noticed, and one whose guesses fail costs nothing but the guess. With so many sequences that even right drafts would not
+pay, nobody guesses: what was missed is read when they are fewer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 
 from engine.requests.sequence import Sequence
 from engine.runtime.buckets import MOST_VERIFIED_SEQS
+from engine.scheduling.plan import MOST_DRAFTS
 from engine.speculative.acceptance import AcceptanceRate
 from engine.speculative.proposer import Proposer
 from engine.speculative.times import StepTimes
@@ -38,7 +40,7 @@ class Speculator:
     Args:
         proposer: makes them.
         times: of steps; None = draft wherever there is a guess.
-        most_seqs: sequences of the largest step that may have drafts.
+        most_seqs: sequences of the largest step that may have drafts, with or without times.
     """
 
     def __init__(self, proposer: Proposer, times: StepTimes | None, most_seqs: int = MOST_VERIFIED_SEQS) -> None:
@@ -76,38 +78,36 @@ class Speculator:
         self._asleep = asleep
         return not asleep
 
-    def pays(self, sequences: list[Sequence]) -> bool:
-        """Whether the next step of these sequences, one token each, should verify drafts.
+    def pays(self, sequences: list[Sequence]) -> int:
+        """See `AnySpeculator`.
 
         With a step in flight the guesses are those before its tokens; they are taken as typical of those after.
         """
         count, times = len(sequences), self._times
         if not self.wakes(count):
-            return False
-        right, any_drafts = 0.0, False
-        for sequence in sequences:
-            guess = self._guesses.get(sequence)
-            if guess is not None and guess.drafts:
-                any_drafts = True
-                right += guess.rate.expected(len(guess.drafts))
-        if times is None or not any_drafts:
-            return any_drafts
-        gain = (count + right) / count * times.seconds(count, drafts=False) / times.seconds(count, drafts=True)
-        return gain > LEAST_GAIN
+            return 0
+        found = [self._guesses.get(sequence) for sequence in sequences]
+        known = [(guess.rate, len(guess.drafts)) for guess in found if guess is not None and guess.drafts]
+        if not known:
+            return 0
+        if times is None:
+            return MOST_DRAFTS
+        best = times.best(count, lambda most: sum(rate.expected(min(most, length)) for rate, length in known))
+        return best.num_drafts if best is not None and best.gain > LEAST_GAIN else 0
 
     def must_read(self, sequences: list[Sequence]) -> bool:
         """See `AnySpeculator`: the host guesses from what it has read."""
         del sequences
         return True
 
-    def give(self, sequences: Iterable[Sequence]) -> None:
+    def give(self, sequences: Iterable[Sequence], num_drafts: int = MOST_DRAFTS) -> None:
         """Give their guesses to sequences whose tokens the host has all read."""
         for sequence in sequences:
             guess = self._guesses.get(sequence)
             if guess is not None:
-                sequence.draft_token_ids = guess.drafts
+                sequence.draft_token_ids = guess.drafts[:num_drafts]
 
-    def observe_time(self, num_tokens: int, num_seqs: int, seconds: float, *, drafts: bool) -> None:
-        """A step took so long in the bucket of so many tokens and sequences, alone on the device."""
-        if self._times is not None and (drafts or num_tokens == num_seqs):
-            self._times.observe(num_seqs, seconds, drafts=drafts)
+    def observe_time(self, num_tokens: int, num_seqs: int, seconds: float, num_drafts: int) -> None:
+        """See `AnySpeculator`."""
+        if self._times is not None and (num_drafts or num_tokens == num_seqs):
+            self._times.observe(num_seqs, seconds, num_drafts)

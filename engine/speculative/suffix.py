@@ -60,10 +60,12 @@ class _Trail:
         corpus: that the last look-up was in. Another may have taken its place meanwhile.
     """
 
-    __slots__ = ("corpus", "history", "matched", "past", "past_matched", "places")
+    __slots__ = ("corpus", "history", "matched", "num_prompt_tokens", "past", "past_matched", "places")
 
-    def __init__(self) -> None:
+    def __init__(self, prompt: Several[int]) -> None:
         self.history = History(SHORTEST)
+        self.history.extend(prompt)
+        self.num_prompt_tokens = len(prompt)
         self.places: list[int] = []
         self.matched = 0
         self.past: list[int] = []
@@ -84,15 +86,17 @@ class SuffixProposer:
         """See `Proposer`."""
         trail = self._trails.get(sequence)
         if trail is None:
-            trail = self._trails[sequence] = _Trail()
-            trail.history.extend(sequence.request.prompt_token_ids)
-        history = trail.history
-        new = sequence.output_token_ids[len(history.tokens) - sequence.num_prompt_tokens :]
+            trail = self._trails[sequence] = _Trail(sequence.request.prompt_token_ids)
+        history, places = trail.history, trail.places
+        tokens = history.tokens
+        new = sequence.output_token_ids[len(tokens) - trail.num_prompt_tokens :]
         history.extend(new)
-        if trail.places:
-            tokens, places = history.tokens, trail.places
+        if places:
             for token in new:
-                places = [place + 1 for place in places if tokens[place] == token]
+                if len(places) > 1:
+                    places = [place + 1 for place in places if tokens[place] == token]
+                elif places:
+                    places = [places[0] + 1] if tokens[places[0]] == token else []
             trail.places, trail.matched = places, trail.matched + len(new)
         if trail.corpus is not None and trail.past:
             trail.past = trail.corpus.follow(trail.past, new)
@@ -171,16 +175,19 @@ class SuffixProposer:
         """
         drafts: list[int] = []
         share, right = 1.0, 0.0
-        while len(drafts) < limit and places:
-            counts: dict[int, int] = {}
-            for place in places:
-                token = tokens[place]
-                counts[token] = counts.get(token, 0) + 1
-            token = max(counts, key=counts.__getitem__) if len(counts) > 1 else next(iter(counts))
-            share *= counts[token] / len(places)
-            if token == BORDER or share < self._options.least_prob:
+        least = self._options.least_prob
+        while limit and places:
+            follow = [tokens[place] for place in places]
+            token, count = follow[0], follow.count(follow[0])
+            if 2 * count < len(follow):  # another may be more frequent, and as frequent is not enough
+                token = max(follow, key=follow.count)
+                count = follow.count(token)
+            share *= count / len(follow)
+            if token == BORDER or share < least:
                 break
             drafts.append(token)
             right += share
-            places = [place + 1 for place in places if tokens[place] == token and place + 1 < end]
+            limit -= 1
+            if limit:
+                places = [place + 1 for place in places if tokens[place] == token and place + 1 < end]
         return tuple(drafts), right

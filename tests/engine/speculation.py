@@ -33,6 +33,7 @@ HEADS = ("medusa", "eagle", "eagle3")
 # A model that guesses for itself is always right, one of other weights hardly ever.
 METHODS: dict[str, dict[str, Any]] = {
     "layer_skip": {"method": "layer_skip", "layers": [1]},
+    "packed": {"method": "layer_skip", "quantization": "int8_w8a8"},
     "same_model": {"method": "draft_model", "model": str(TINY / "llama")},
     "other_model": {"method": "draft_model", "model": str(TINY / "llama_bias")},
     "int8_weights": {"method": "draft_model", "model": str(TINY / "llama"), "quantization": "int8"},

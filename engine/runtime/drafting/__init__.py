@@ -12,4 +12,5 @@ The plan holds `FROM_DRAFT` where the ids would be, so the host never waits, and
     steps.py        the jitted functions around it
     loop.py         K passes of a decoder, one token at a time
     layer_skip.py   the model itself with layers left out
+    quantized.py    the model itself with its weights packed
 """

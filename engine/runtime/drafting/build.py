@@ -10,6 +10,7 @@ from engine.runtime.drafting.drafter import DeviceDrafter
 from engine.runtime.drafting.heads import Target, make_heads
 from engine.runtime.drafting.layer_skip import LayerSkip
 from engine.runtime.drafting.model import DraftModel
+from engine.runtime.drafting.quantized import added_bytes, quantized_copy
 from engine.runtime.executables import ModelProgram, structure_of
 from engine.speculative.settings import HEADS, SpeculativeSettings
 from models.functional import Params
@@ -46,17 +47,23 @@ def make_drafter(
 
 
 def _layer_skip(settings: SpeculativeSettings, program: ModelProgram, params: Params) -> LayerSkip:
-    config = program.config
-    layers = settings.layers
-    assert layers is not None, "checked with the settings"
-    kept = list(range(layers)) if isinstance(layers, int) else list(layers)
-    if not kept or kept[-1] >= config.num_layers or len(kept) == config.num_layers:
-        raise ConfigError(
-            f"speculative_config: layers={settings.layers!r} must leave out at least one of the model's "
-            f"{config.num_layers} layers, keep at least one, and name none beyond {config.num_layers - 1}."
-        )
+    config, layers, weights = program.config, settings.layers, params
+    if layers is None:
+        kept = list(range(config.num_layers))
+    else:
+        kept = list(range(layers)) if isinstance(layers, int) else list(layers)
+        whole = len(kept) == config.num_layers and settings.quantization is None
+        if not kept or kept[-1] >= config.num_layers or whole:
+            raise ConfigError(
+                f"speculative_config: layers={settings.layers!r} must leave out at least one of the model's "
+                f"{config.num_layers} layers, keep at least one, and name none beyond {config.num_layers - 1}."
+            )
+    if settings.quantization is not None:
+        config, weights = quantized_copy(config, params, settings.quantization)
     short = replace(config, layers=tuple(config.layers[index] for index in kept))
-    return LayerSkip(structure_of(short, program.limits, program.kernels), params, kept)
+    drafter = LayerSkip(structure_of(short, program.limits, program.kernels), weights, kept)
+    drafter.extra_bytes = added_bytes(params, weights)
+    return drafter
 
 
 def _draft_model(program: ModelProgram, draft: LoadedModel) -> DraftModel:

@@ -1,4 +1,4 @@
-"""`LayerSkip`: the model drafts for itself, with some of its layers left out.
+"""`LayerSkip`: the model drafts for itself, with some of its layers left out, or with its weights packed, or both.
 
     kept layers    drafting: keys and values of the model's own pages are read, those of drafts are written there
     all layers     verification: the same positions are written again, exactly
@@ -28,7 +28,7 @@ class LayerSkip(DeviceDrafter):
 
     Args:
         short: a decoder of the kept layers alone.
-        params: of the whole model.
+        params: of the whole model; for drafting only if they are a packed copy (`quantized.py`).
         kept: indices of the layers that are computed, ascending.
     """
 
