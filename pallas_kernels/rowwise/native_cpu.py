@@ -5,6 +5,8 @@ A row's result is the same bits whatever rows are beside it. Nothing differentia
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,7 @@ def add_norm(x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float) -
     return normed, total
 
 
-def _norm(x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float) -> list[jax.Array]:
+def _norm(x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float) -> Sequence[jax.Array]:
     shapes = [jax.ShapeDtypeStruct(shape, x.dtype) for shape in (x.shape, residual.shape)]
     call = jax.ffi.ffi_call("quire_rms_norm", shapes)
     return call(x, residual, weight.astype(x.dtype), eps=np.float32(eps))
