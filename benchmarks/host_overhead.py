@@ -54,7 +54,7 @@ class Cost:
         num_seqs: that got a token each.
         step_us: median over the steps.
         tokens_per_s: scheduled, by the mean.
-        phases_us: phase -> mean; {} where it was not asked for. Its sum exceeds `step_us` by what looking costs.
+        phases_us: phase -> median; {} where it was not asked for. Its sum exceeds `step_us` by what looking costs.
     """
 
     num_seqs: int
@@ -149,9 +149,12 @@ def decode(text: np.ndarray, num_seqs: int, num_steps: int, tokenizer: Tokenizer
     if phases:
         core, _ = start(text, num_seqs, num_steps + WARM_UP, tokenizer)
         stopwatch = watch(core)
+        steps = []
         for _ in range(num_steps):
+            stopwatch.seconds.update(dict.fromkeys(PHASES, 0.0))
             core.step()
-        found = {phase: 1e6 * stopwatch.seconds[phase] / num_steps for phase in PHASES}
+            steps.append(dict(stopwatch.seconds))
+        found = {phase: 1e6 * statistics.median(step[phase] for step in steps) for phase in PHASES}
     return Cost(num_seqs, 1e6 * statistics.median(seconds), num_seqs * num_steps / sum(seconds), found)
 
 
