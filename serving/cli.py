@@ -16,12 +16,14 @@ from io import TextIOWrapper
 
 from engine.errors import QuireError
 from serving.backend import (
+    BundleCompiler,
     ClientFactory,
     DraftDistiller,
     EngineFactory,
     ModelConverter,
     ModelEvaluator,
     ModelQuantizer,
+    compile_bundle,
     convert_model,
     create_client,
     create_engine,
@@ -31,7 +33,7 @@ from serving.backend import (
 )
 from serving.bench import latency, startup, throughput
 from serving.bench import serve as bench_serve
-from serving.commands import chat, convert, distill, evaluate, generate, quantize, serve
+from serving.commands import chat, compile, convert, distill, evaluate, generate, quantize, serve
 from serving.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, exit_code
 from serving.version import package_version
 
@@ -48,6 +50,7 @@ def main(
     evaluator: ModelEvaluator = evaluate_model,
     quantizer: ModelQuantizer = quantize_model,
     distiller: DraftDistiller = distill_draft,
+    compiler: BundleCompiler = compile_bundle,
 ) -> int:
     """Run one command.
 
@@ -59,6 +62,7 @@ def main(
         evaluator: does the work of `quire eval`.
         quantizer: does the work of `quire quantize`.
         distiller: does the work of `quire distill-draft`.
+        compiler: does the work of `quire compile`.
 
     Returns:
         The exit code.
@@ -66,7 +70,8 @@ def main(
     Raises:
         SystemExit: `--help`, `--version`, or arguments that cannot be parsed (argparse's own ways).
     """
-    args = build_parser(engine_factory, converter, client_factory, evaluator, quantizer, distiller).parse_args(argv)
+    parser = build_parser(engine_factory, converter, client_factory, evaluator, quantizer, distiller, compiler)
+    args = parser.parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?", not an error
     try:
@@ -95,6 +100,7 @@ def build_parser(
     evaluator: ModelEvaluator = evaluate_model,
     quantizer: ModelQuantizer = quantize_model,
     distiller: DraftDistiller = distill_draft,
+    compiler: BundleCompiler = compile_bundle,
 ) -> argparse.ArgumentParser:
     """The parser of all commands. `args.run(args)` of what it parses runs the command."""
     parser = argparse.ArgumentParser(
@@ -113,6 +119,7 @@ def build_parser(
     bench_serve.set_up(_command(measurements, "serve", bench_serve.SUMMARY))
     startup.set_up(_command(measurements, "startup", startup.SUMMARY))
     convert.set_up(_command(commands, "convert", convert.SUMMARY), converter)
+    compile.set_up(_command(commands, "compile", compile.SUMMARY), compiler)
     evaluate.set_up(_command(commands, "eval", evaluate.SUMMARY), evaluator)
     distill.set_up(_command(commands, "distill-draft", distill.SUMMARY), distiller)
     quantize.set_up(_command(commands, "quantize", quantize.SUMMARY), quantizer)
