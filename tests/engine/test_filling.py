@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -166,3 +168,16 @@ def test_planned_compilations_are_no_defect_in_their_own_thread_only() -> None:
         other.join()
     assert COUNTER.after_ready == before + 1
     COUNTER.after_ready = before
+
+
+def test_nothing_keeps_executables_once_they_are_made() -> None:
+    """On a CPU each takes some fifty memory mappings, of which a process has only so many."""
+    filling = Filling(jobs_of(TABLE), named, 2)
+    filling.start()
+    filling.wait_for_all()
+    for thread in filling._threads:
+        thread.join(WAIT_S)
+    gone = weakref.ref(filling)
+    del filling, thread
+    gc.collect()
+    assert gone() is None
