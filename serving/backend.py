@@ -89,6 +89,9 @@ class ClientFactory(Protocol):
 # Writes the model of a configuration into a folder that does not exist yet, reporting how far it is.
 ModelConverter = Callable[[EngineConfig, Path, Report], None]
 
+# Writes the bundle of a configuration into a folder that does not exist yet, reporting how far it is.
+BundleCompiler = Callable[[EngineConfig, Path, Report], None]
+
 # Measures a model, beside a reference if there is one, on a text (None = the one that comes with Quire) in windows.
 ModelEvaluator = Callable[[EngineConfig, EngineConfig | None, str | None, int, Report], EvaluationReport]
 # Finds layers with which a model can draft for itself: (model, text, tokens of it, progress) -> report.
@@ -127,6 +130,14 @@ def convert_model(config: EngineConfig, out: Path, progress: Report) -> None:
     from engine.convert import convert_model as convert
 
     convert(config, out, progress)
+
+
+def compile_bundle(config: EngineConfig, out: Path, progress: Report) -> None:
+    """Write the model of `config` to the folder `out`, compiled ahead."""
+    # Imported late on purpose, as in `create_engine`.
+    from engine.bundle.write import compile_bundle as write
+
+    write(config, out, progress)
 
 
 def quantize_model(

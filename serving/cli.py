@@ -16,6 +16,7 @@ from io import TextIOWrapper
 
 from engine.errors import QuireError
 from serving.backend import (
+    BundleCompiler,
     ClientFactory,
     DraftDistiller,
     EngineFactory,
@@ -24,6 +25,7 @@ from serving.backend import (
     ModelPlanner,
     ModelQuantizer,
     RecordingPlayer,
+    compile_bundle,
     convert_model,
     create_client,
     create_engine,
@@ -35,7 +37,7 @@ from serving.backend import (
 )
 from serving.bench import latency, startup, throughput
 from serving.bench import serve as bench_serve
-from serving.commands import chat, convert, distill, evaluate, generate, plan, quantize, replay, serve
+from serving.commands import chat, compile, convert, distill, evaluate, generate, plan, quantize, replay, serve
 from serving.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, exit_code
 from serving.version import package_version
 
@@ -54,6 +56,7 @@ def main(
     distiller: DraftDistiller = distill_draft,
     planner: ModelPlanner = plan_model,
     player: RecordingPlayer = replay_recording,
+    compiler: BundleCompiler = compile_bundle,
 ) -> int:
     """Run one command.
 
@@ -67,6 +70,7 @@ def main(
         distiller: does the work of `quire distill-draft`.
         planner: does the work of `quire plan`.
         player: does the work of `quire replay`.
+        compiler: does the work of `quire compile`.
 
     Returns:
         The exit code.
@@ -74,7 +78,9 @@ def main(
     Raises:
         SystemExit: `--help`, `--version`, or arguments that cannot be parsed (argparse's own ways).
     """
-    parser = build_parser(engine_factory, converter, client_factory, evaluator, quantizer, distiller, planner, player)
+    parser = build_parser(
+        engine_factory, converter, client_factory, evaluator, quantizer, distiller, planner, player, compiler
+    )
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks becomes "?", not an error
@@ -106,6 +112,7 @@ def build_parser(
     distiller: DraftDistiller = distill_draft,
     planner: ModelPlanner = plan_model,
     player: RecordingPlayer = replay_recording,
+    compiler: BundleCompiler = compile_bundle,
 ) -> argparse.ArgumentParser:
     """The parser of all commands. `args.run(args)` of what it parses runs the command."""
     parser = argparse.ArgumentParser(
@@ -124,6 +131,7 @@ def build_parser(
     bench_serve.set_up(_command(measurements, "serve", bench_serve.SUMMARY))
     startup.set_up(_command(measurements, "startup", startup.SUMMARY))
     convert.set_up(_command(commands, "convert", convert.SUMMARY), converter)
+    compile.set_up(_command(commands, "compile", compile.SUMMARY), compiler)
     evaluate.set_up(_command(commands, "eval", evaluate.SUMMARY), evaluator)
     distill.set_up(_command(commands, "distill-draft", distill.SUMMARY), distiller)
     plan.set_up(_command(commands, "plan", plan.SUMMARY), planner)

@@ -197,6 +197,8 @@ class Filling:
                         break
                     job = self._waiting.pop(0)
                 self._run(job)
+        if self.done:
+            atexit.unregister(self.stop)  # or executables would stay when their engine has gone
 
     def _run(self, job: Job) -> None:
         started, made, failure = time.monotonic(), None, None

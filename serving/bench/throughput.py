@@ -43,6 +43,7 @@ def run(args: argparse.Namespace, create: EngineFactory) -> int:
     settings = engine_settings(args)
     config = EngineConfig.from_flat(**settings)
     settings.pop("model", None)
+    settings.setdefault("compile_in_background", False)  # or the compiler would be measured too
     from_file = _read_file(args)
     start = time.perf_counter()
     with create(config.load.model, **settings) as engine:

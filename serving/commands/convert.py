@@ -10,11 +10,12 @@ import argparse
 import dataclasses
 import functools
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.config import EngineConfig, ModelLoadConfig
 from engine.errors import QuireError
-from engine.runtime.progress import progress_bar
+from engine.runtime.progress import Report, progress_bar
 from serving.backend import ModelConverter
 from serving.errors import EXIT_OK, UsageError
 from serving.flags import add_engine_flags, engine_settings
@@ -29,14 +30,15 @@ CHECKPOINT_MARKER = "_CHECKPOINT_METADATA"  # orbax puts this file into each che
 def set_up(parser: argparse.ArgumentParser, convert: ModelConverter) -> None:
     """Add this command's flags to its parser."""
     parser.usage = "%(prog)s [OPTIONS] MODEL -o OUT"
-    parser.add_argument("model", metavar="MODEL", help=_help_of_model())
+    parser.add_argument("model", metavar="MODEL", help=help_of_model())
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace an earlier conversion at OUT")
     add_engine_flags(parser, only=USED_FLAGS)
     parser.set_defaults(run=functools.partial(run, convert=convert))
 
 
-def _help_of_model() -> str:
+def help_of_model() -> str:
+    """What a model reference may be."""
     return next(field.metadata["help"] for field in dataclasses.fields(ModelLoadConfig) if field.name == "model")
 
 
@@ -45,12 +47,28 @@ def run(args: argparse.Namespace, convert: ModelConverter) -> int:
     config = EngineConfig.from_flat(model=args.model, **engine_settings(args))
     out: Path = args.out.absolute()
     check_place(out, force=args.force)
+    title, show = f"converting {args.model}", config.compile.show_progress
+    write_folder(out, lambda made, progress: convert(config, made, progress), title, show=show)
+    return EXIT_OK
+
+
+def write_folder(out: Path, write: Callable[[Path, Report], None], title: str, *, show: bool) -> None:
+    """Have a folder written beside its place, move it there when it is complete, and say how large it is.
+
+    Args:
+        out: absolute; what is there is replaced.
+        write: makes a folder that does not exist yet, and reports how far it is.
+        title: of the progress bar, which is there if `show`.
+
+    Raises:
+        UsageError: the place cannot be written.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
             made = Path(scratch) / "made"
-            with progress_bar(f"converting {args.model}", show=config.compile.show_progress) as progress:
-                convert(config, made, progress)
+            with progress_bar(title, show=show) as progress:
+                write(made, progress)
             if out.exists():
                 out.rename(Path(scratch) / "replaced")
             made.rename(out)
@@ -60,21 +78,26 @@ def run(args: argparse.Namespace, convert: ModelConverter) -> int:
         raise UsageError(f"cannot write {out}: {error}") from error
     size_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size_bytes / 1e6:.1f} MB")
-    return EXIT_OK
 
 
 def check_place(out: Path, *, force: bool) -> None:
-    """Refuse a place that holds something, unless it is an earlier conversion and `force` allows to replace it.
+    """As `require_place`, of a conversion."""
+    require_place(out, [CHECKPOINT_MARKER, f"*/{CHECKPOINT_MARKER}"], "conversion", force=force)
+
+
+def require_place(out: Path, markers: Sequence[str], what: str, *, force: bool) -> None:
+    """Refuse a place that holds something, unless it is an earlier result and `force` allows to replace it.
+
+    Args:
+        markers: patterns of files, one of which every result has.
+        what: the result, in a word.
 
     Raises:
         UsageError: `out` may not be written.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    is_conversion = out.is_dir() and any(
-        any(out.glob(pattern)) for pattern in (CHECKPOINT_MARKER, f"*/{CHECKPOINT_MARKER}")
-    )
-    if not is_conversion:
-        raise UsageError(f"{out} exists and is not an earlier conversion; choose another place.")
+    if not (out.is_dir() and any(any(out.glob(pattern)) for pattern in markers)):
+        raise UsageError(f"{out} exists and is not an earlier {what}; choose another place.")
     if not force:
-        raise UsageError(f"{out} holds an earlier conversion; --force replaces it.")
+        raise UsageError(f"{out} holds an earlier {what}; --force replaces it.")

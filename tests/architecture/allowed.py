@@ -14,6 +14,7 @@ LOCAL_IMPORTS: dict[str, str] = {
     "serving/backend.py: create_engine: engine.Engine": _START_UP,
     "serving/backend.py: create_client: engine.async_engine.AsyncEngine": _START_UP,
     "serving/backend.py: create_client: engine.remote.client.RemoteEngine": _START_UP,
+    "serving/backend.py: compile_bundle: engine.bundle.write.compile_bundle": _START_UP,
     "serving/backend.py: convert_model: engine.convert.convert_model": _START_UP,
     "serving/backend.py: evaluate_model: engine.evaluate.evaluate_model": _START_UP,
     "serving/backend.py: plan_model: engine.planning.plan.make_plan": _START_UP,

@@ -30,7 +30,7 @@ def test_latency_measures_what_it_is_asked_to(tmp_path: Path, capsys: Capture) -
     flags = ["--batch-size", "3", "--num-iters", "4", "--warmup", "2", "--block-size", "32", "--json", str(out)]
     code, engine = bench("latency", *SMALL, *flags)
     assert code == 0
-    assert engine.settings == {"block_size": 32}
+    assert engine.settings == {"block_size": 32, "compile_in_background": False}
     assert len(engine.calls) == 6
     for prompts, params in engine.calls:
         assert [len(prompt) for prompt in prompts] == [8, 8, 8]
