@@ -107,9 +107,8 @@ def test_taps_are_the_streams_between_layers(target: LoadedModel) -> None:
     np.testing.assert_allclose(tapped[:, 12:24], second, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("layers", "bias", "own_head"), [(1, True, False), pytest.param(2, False, True, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # the fast one: tests/engine/test_head_drafters.py
+@pytest.mark.parametrize(("layers", "bias", "own_head"), [(1, True, False), (2, False, True)])
 def test_eagle(tmp_path: Path, target: LoadedModel, layers: int, bias: bool, own_head: bool) -> None:
     """Features and logits as numpy has them, in chunks over pages."""
     rng = np.random.default_rng(7)
@@ -130,7 +129,8 @@ def test_eagle(tmp_path: Path, target: LoadedModel, layers: int, bias: bool, own
     np.testing.assert_allclose(head.logits(bound, jnp.asarray(expected)), expected @ rows.T, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", [pytest.param("authors", marks=pytest.mark.slow), "speculators"])
+@pytest.mark.slow  # the fast one: tests/engine/test_head_drafters.py
+@pytest.mark.parametrize("layout", ["authors", "speculators"])
 def test_eagle3(tmp_path: Path, target: LoadedModel, layout: str) -> None:
     """The same with a vocabulary of its own, another width, an embedding of its own, and either residual."""
     rng, name = np.random.default_rng(8), "midlayer" if layout == "authors" else "layers.0"
