@@ -189,3 +189,9 @@ def test_a_draft_model_of_another_vocabulary(shelf: EngineShelf, tmp_path: Any) 
     settings = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 2}
     with pytest.raises(ConfigError, match=f"has 64 tokens and the model {config['vocab_size']}"):
         shelf.take(**EXECUTABLES, load_format="dummy", speculative_config=json.dumps(settings))
+
+
+def test_packed_weights_are_not_packed_again(shelf: EngineShelf) -> None:
+    settings = {**METHODS["packed"], "num_speculative_tokens": 2}
+    with pytest.raises(ConfigError, match="this model's are packed already"):
+        shelf.take(**EXECUTABLES, quantization="int8", speculative_config=json.dumps(settings))
