@@ -160,7 +160,9 @@ def draw(cells: Sequence[Cell], facts: dict[str, Any], file: Path) -> bool:
         _panel(axis, [cell for cell in cells if (cell.workload, cell.dtype) == panel], colors)
         axis.set_title(", ".join(panel), fontsize=9)
     axes[0].set_ylabel("speedup: time without drafts / time with them")
-    axes[-1].legend(fontsize=8)
+    # Not every lane is in every panel.
+    lines = {line.get_label(): line for axis in axes for line in axis.get_lines() if line.get_label() in colors}
+    axes[-1].legend(handles=list(lines.values()), fontsize=8)
     quick, cores = "QUICK LOOK; " if facts["quick"] else "", facts["machine"]["cpu_count"]
     spread = f"median, lowest and highest of {facts['repetitions']}"
     figure.suptitle(f"{quick}{facts['model']}, {cores} cores, {facts['date']}; {spread}", fontsize=9)

@@ -79,6 +79,15 @@ def test_lanes() -> None:
     ]
     assert found["ngram k=7, always"] == {"method": "ngram", "num_speculative_tokens": 7, "adaptive": False}
     assert list(speculative.lanes(["suffix"], "on")) == ["suffix k=7, adaptive"]
+    packed = '{"method": "layer_skip", "quantization": "int8", "model": "a/directory/somewhere"}'
+    assert list(speculative.lanes([packed], "on")) == ["layer_skip k=7 quantization=int8 model=…, adaptive"]
+
+
+def test_cells_of_an_earlier_run_are_read_back(tmp_path: Path) -> None:
+    assert speculative._earlier_cells(tmp_path) == []
+    cells = [cell(), cell(4, "suffix", accepted_per_pos=(2, 1))]
+    speculative._write(tmp_path, FACTS, cells)
+    assert speculative._earlier_cells(tmp_path) == cells
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def test_keys_of_other_methods_are_refused(method: str) -> None:
             taken.append(key)
         except ConfigError as error:
             assert f"{key} is of method" in str(error)
-    assert len(taken) == {"ngram": 1, "suffix": 4, "draft_model": 2}.get(method, 1)
+    assert len(taken) == {"ngram": 1, "suffix": 4, "layer_skip": 2, "draft_model": 2}.get(method, 1)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,11 @@ def refused(asked: dict[str, Any], **settings: Any) -> str:
     with pytest.raises(QuireError) as caught:
         Engine(LLAMA, **{**SMALL, **settings}, speculative_config=asked)
     return str(caught.value)
+
+
+def test_packed_weights_are_not_packed_again() -> None:
+    asked = {"method": "layer_skip", "quantization": "int8_w8a8", "num_speculative_tokens": 2}
+    assert "this model's are packed already" in refused(asked, quantization="int8")
 
 
 @pytest.mark.parametrize("method", METHODS)
