@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from benchmarks.ceilings import read_with_numpy
@@ -70,17 +70,20 @@ def _decode_s(outputs: Sequence[RequestOutput]) -> float:
     return max(ts for ts in last if ts is not None) - max(ts for ts in first if ts is not None)
 
 
-def measure(model: str, forms: Sequence[str], rows: int, turns: int, num_tokens: int) -> dict[str, list[float]]:
-    """Seconds per step of each turn, by format."""
-    times: dict[str, list[float]] = {form: [] for form in forms}
+def measure(
+    model: str, forms: Sequence[str], rows: Sequence[int], turns: int, num_tokens: int
+) -> Iterator[dict[str, list[float]]]:
+    """For each number of rows: seconds per step of each turn, by format."""
     with ExitStack() as stack:
-        engines = {form: open_engine(stack, model, form, rows) for form in forms}
-        for turn in range(turns + 1):  # the first one warms up
-            for form, engine in engines.items():
-                seconds = step_s(engine, rows, turn, num_tokens)
-                if turn:
-                    times[form].append(seconds)
-    return times
+        engines = {form: open_engine(stack, model, form, max(rows)) for form in forms}
+        for count in rows:
+            times: dict[str, list[float]] = {form: [] for form in forms}
+            for turn in range(turns + 1):  # the first one warms up
+                for form, engine in engines.items():
+                    seconds = step_s(engine, count, turn, num_tokens)
+                    if turn:
+                        times[form].append(seconds)
+            yield times
 
 
 def row_of(form: str, times: dict[str, list[float]], costs: ModelCosts, best_read: float) -> list[str]:
@@ -114,10 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     costs = ModelCosts.of(model_config(options.model), DENSE)
     best_read = read_with_numpy(num_cores())
     print(f"{options.model}, {options.turns} turns; the machine reads {best_read / 1e9:.1f} GB/s")
-    for rows in (int(part) for part in options.rows.split(",")):
-        times = measure(options.model, forms, rows, options.turns, options.tokens)
+    rows = [int(part) for part in options.rows.split(",")]
+    for count, times in zip(rows, measure(options.model, forms, rows, options.turns, options.tokens), strict=True):
         lines = [row_of(form, times, costs, best_read) for form in forms]
-        print(f"\n{rows} rows\n\n" + table(["", "ms per step", "to dense", "GB/s", "of the best"], lines), flush=True)
+        print(f"\n{count} rows\n\n" + table(["", "ms per step", "to dense", "GB/s", "of the best"], lines), flush=True)
 
 
 if __name__ == "__main__":

@@ -241,13 +241,13 @@ inline void read32(const Reader<F>& reader, const uint8_t* row, float* out) {
 
 #ifdef QUIRE_AVX512
 
-// Whole groups of a multiple of 32 weights. `scales`, `zeros`, `offsets`: of the first group; the next one's are `stride`
-// further on.
+// Whole groups of a multiple of 32 weights. `scales`, `zeros`, `offsets`: of the first group; the next one's are
+// `stride` further on. A function of its own: in a large one GCC keeps the loop's counters in vectors.
 template <Format F, bool kZeros, bool kOffsets>
-inline void decode_groups(const uint8_t* bytes, int64_t group, int64_t groups, const float* scales, const float* zeros,
-                          const float* offsets, int64_t stride, Half* out) {
-  for (int64_t g = 0; g < groups; ++g) {
-    Reader<F> reader(Rule{true, scales[g * stride], kZeros ? zeros[g * stride] : 0, kOffsets ? offsets[g * stride] : 0});
+__attribute__((noinline)) void decode_groups(const uint8_t* bytes, int64_t group, int64_t groups, const float* scales,
+                                             const float* zeros, const float* offsets, int64_t stride, Half* out) {
+  for (int64_t g = 0, at = 0; g < groups; ++g, at += stride) {
+    Reader<F> reader(Rule{true, scales[at], kZeros ? zeros[at] : 0, kOffsets ? offsets[at] : 0});
     for (int64_t k = 0; k < group; k += 32, bytes += 32 * kBits<F> / 8, out += 32) read32(reader, bytes, out);
   }
 }
@@ -269,7 +269,8 @@ inline void read_fp8(const uint8_t* row, Half* out) {
 
 // `count` numbers from `first` on of the row at `row`. Without AVX2 the compiler makes what it can of the loop.
 template <Format F, typename Element>
-inline void decode(const uint8_t* row, int64_t first, int64_t count, const Rule& rule, Element* out) {
+__attribute__((noinline)) void decode(const uint8_t* row, int64_t first, int64_t count, const Rule& rule,
+                                      Element* out) {
   int64_t k = 0;
   [[maybe_unused]] const uint8_t* bytes = row + first * kBits<F> / 8;
 #ifdef QUIRE_VBMI

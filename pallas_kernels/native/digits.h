@@ -1,7 +1,8 @@
 // Activations in fixed point, as products of integers take them.
 //
-// A row is written in units of its own: one digit in -127 .. 127, or two in -128 .. 127, the higher one first, of numbers
-// up to 32639. Of two digits the unit is a power of two: bfloat16 numbers of more than a 128th of the largest stay exact.
+// A row is written in units of its own: one digit in -127 .. 127, or two in -128 .. 127, the higher one first, of
+// numbers up to 32639. Of two digits the unit is a power of two: bfloat16 numbers of more than a 128th of the largest
+// stay exact.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,7 @@
-// The product of integers, `[M, K] x [N, K]` on both sides, as a custom call of XLA on a CPU: weights of 8 or 4 bits with
-// one scale per output meet activations in fixed point, of one digit of 8 bits or of two. Nothing is converted to floats
-// but sums, which are exact: the order of additions, and so the number of rows and of threads, makes no difference.
+// The product of integers, `[M, K] x [N, K]` on both sides, as a custom call of XLA on a CPU: weights of 8 or 4 bits
+// with one scale per output meet activations in fixed point, of one digit of 8 bits or of two. Nothing is converted to
+// floats but sums, which are exact: the order of additions, and so the number of rows and of threads, makes no
+// difference.
 #include <algorithm>
 
 #include "decode.h"
@@ -22,7 +23,7 @@ constexpr int64_t kMostInputs = 1 << 16;     // of which sums of any weights and
 constexpr int64_t kWorthSharing = 1 << 16;   // activations to round, for more than one thread
 constexpr int64_t kBlockBytes = 512 * 1024;  // of activations that share weights in a cache
 constexpr int64_t kMostAhead = 256 * 1024;   // bytes of weights to fetch while others are multiplied
-constexpr int64_t kFewNumbers = 6;           // rows x digits up to which turning weights costs more than it saves
+constexpr int64_t kFewNumbers = 8;           // rows x digits up to which turning weights costs more than it saves
 constexpr int64_t kFewPanel = 32;            // outputs of a piece
 constexpr int64_t kMostDeep = 640;           // inputs of a turned panel, which then fits in the nearest cache
 
@@ -83,7 +84,8 @@ void run_few(const void* problem, int64_t index) {
   const Problem& p = *static_cast<const Problem*>(problem);
   int64_t first = index * kFewPanel, count = std::min(kFewPanel, p.outputs - first);
   int64_t bytes = p.inputs * kBits<F> / 8, steps = (p.inputs + 63) / 64;
-  int64_t numbers = kDigits * p.rows, tiles = (numbers + LaneTile<F>::kMost - 1) / LaneTile<F>::kMost * (numbers > 1 ? 2 : 1);
+  int64_t numbers = kDigits * p.rows;
+  int64_t tiles = (numbers + LaneTile<F>::kMost - 1) / LaneTile<F>::kMost * (numbers > 1 ? 2 : 1);
   Rules rules(p, first, count);
   uint8_t* copy = scratch<uint8_t>(2, 8 * (bytes + 64));
   for (int64_t n = 0; n < count; n += 8) {
@@ -108,7 +110,8 @@ template <Format F, int kDigits>
 void run_many(const void* problem, int64_t index) {
   const Problem& p = *static_cast<const Problem*>(problem);
   int64_t first = index % p.num_panels * kWidth, count = std::min(kWidth, p.outputs - first);
-  int64_t row = index / p.num_panels * p.block, num_rows = std::min(p.block, p.rows - row), numbers = num_rows * kDigits;
+  int64_t row = index / p.num_panels * p.block, num_rows = std::min(p.block, p.rows - row);
+  int64_t numbers = num_rows * kDigits;
   int64_t bytes = p.inputs * kBits<F> / 8, parts = (p.inputs + kMostDeep - 1) / kMostDeep;
   int64_t deep = ((p.inputs + parts - 1) / parts + 63) / 64 * 64;
   uint8_t* turned = scratch<uint8_t>(2, deep * kWidth);
@@ -116,7 +119,8 @@ void run_many(const void* problem, int64_t index) {
   int64_t wanted = kWidth * bytes <= kMostAhead ? kWidth * bytes : 0;
   Ahead ahead(p.stored + (first + kWidth) * bytes, wanted, (numbers + kColumnTile - 1) / kColumnTile * (p.inputs / 4));
   for (int64_t r = 0; r < numbers; ++r) {
-    __m512i start = _mm512_set1_epi32(_mm512_reduce_add_epi32(_mm512_load_si512(p.x.starts + (row * kDigits + r) * 16)));
+    __m512i lanes = _mm512_load_si512(p.x.starts + (row * kDigits + r) * 16);
+    __m512i start = _mm512_set1_epi32(_mm512_reduce_add_epi32(lanes));
     for (int64_t v = 0; v < kWidth; v += 16) _mm512_store_si512(sums + r * kWidth + v, start);
   }
   for (int64_t k = 0; k < p.inputs; k += deep) {
@@ -160,7 +164,8 @@ ffi::Error product_of(ffi::ThreadPool pool, const ffi::AnyBuffer& x, int64_t dig
   if (!round) return ffi::Error::InvalidArgument("no product of these types");
   if (p.inputs > kMostInputs) return ffi::Error::InvalidArgument("sums of so many inputs do not fit in 32 bits");
   p.x = room_for(p.rows, digits, p.inputs);
-  Rounding task{p.x, x.untyped_data(), p.rows, p.inputs, x.dimensions()[1], is_int4 ? kMore<Format::kInt4> : kMore<Format::kInt8>};
+  int32_t more = is_int4 ? kMore<Format::kInt4> : kMore<Format::kInt8>;
+  Rounding task{p.x, x.untyped_data(), p.rows, p.inputs, x.dimensions()[1], more};
   int64_t pieces = (p.rows + kRowsAtOnce - 1) / kRowsAtOnce;
   if (p.rows * p.inputs < kWorthSharing)
     for (int64_t i = 0; i < pieces; ++i) round(&task, i);

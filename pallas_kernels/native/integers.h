@@ -1,7 +1,7 @@
 // Tiles of products of integers, by AVX-512's dots of four unsigned bytes with four signed ones.
 //
-// Weights become unsigned as they are read, by 128 or 8 more than they are. What that adds to a sum is known beforehand,
-// and sums start with its negative. Activations' digits are rows like any others ("numbers").
+// Weights become unsigned as they are read, by 128 or 8 more than they are. What that adds to a sum is known
+// beforehand, and sums start with its negative. Activations' digits are rows like any others ("numbers").
 //
 // Few numbers: weights are multiplied where they lie, sums lie along the inputs, and the lanes are added up in the end.
 // That costs a third of the dots of 576 inputs; so for more, weights are turned once, four inputs of 16 outputs to a
@@ -144,6 +144,7 @@ void turn(const uint8_t* rows, int64_t stride, int64_t num_rows, int64_t from, i
 #pragma GCC unroll 16
       for (int64_t i = 0; i < 16; ++i) {
         const uint8_t* at = rows + std::min(n + i, num_rows - 1) * stride + (from + k) * kBits<F> / 8;
+        __builtin_prefetch(at + 16 * stride);
         v[i] = some_bytes_at<F>(at, count - k);
       }
       transpose(v);

@@ -19,6 +19,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kRowBlock = 512;             // rows that share a decoding
+constexpr int64_t kNarrowRows = 24;            // up to which panels are as narrow as can be
 constexpr int64_t kMostAhead = 128 * 1024;     // bytes of packed weights to fetch while others are multiplied
 
 // ---- One problem
@@ -107,14 +108,13 @@ void decode_in_groups(const Problem& p, const uint8_t* row, int64_t from, int64_
 }
 
 // Inputs `from` to `to` of one output's weights, and zeros up to a multiple of the padding. `i`: of the output in the
-// panel. `fetch`: as many bytes are fetched ahead.
+// panel.
 template <Format F, typename Element>
-void decode_row(const Problem& p, int64_t output, int64_t from, int64_t to, const Rules& rules, int64_t i, bool fetch,
+void decode_row(const Problem& p, int64_t output, int64_t from, int64_t to, const Rules& rules, int64_t i,
                 Element* out) {
   int64_t end = std::min(to, p.inputs);
   const uint8_t* row = p.stored + output * p.inputs * kBits<F> / 8;
-  if (fetch)
-    for (int64_t b = from * kBits<F> / 8; b < end * kBits<F> / 8; b += 64) __builtin_prefetch(row + b + kAhead);
+  for (int64_t b = from * kBits<F> / 8; b < end * kBits<F> / 8; b += 64) __builtin_prefetch(row + b + kAhead);
   if (p.group == 0)
     decode<F>(row, from, end - from, Rule{false, 1, rules.at(i).zero, 0}, out);
   else
@@ -130,7 +130,8 @@ void multiply_rows(const Problem& p, int64_t row, int64_t num_rows, const Elemen
     Tile<Element> tile = tile_of<Element, kFetch>(take);
     ahead.between_tiles();
     for (int64_t n = 0; n < outputs; n += tile.outputs)
-      tile.run(x, p.stride, w + n * w_stride, w_stride, count, sums + r * sums_stride + n, sums_stride, from == 0, ahead);
+      tile.run(x, p.stride, w + n * w_stride, w_stride, count, sums + r * sums_stride + n, sums_stride, from == 0,
+               ahead);
   });
 }
 
@@ -172,7 +173,7 @@ void run_panel(const void* problem, int64_t index) {
     for (int64_t from = 0; from < padded; from += span) {
       int64_t to = std::min(from + span, padded);
       for (int64_t i = 0; i < real; ++i)
-        decode_row<F>(p, first + n + i, from, to, rules, n + i, !fetch, w + i * w_stride);
+        decode_row<F>(p, first + n + i, from, to, rules, n + i, w + i * w_stride);
       for (int64_t i = real; i < whole; ++i) std::memset(w + i * w_stride, 0, (to - from) * sizeof(Element));
       auto multiply = fetch ? multiply_rows<Element, true> : multiply_rows<Element, false>;
       for (int64_t k = from; k < to; k += kChunk<Element>)
@@ -221,8 +222,8 @@ ffi::Error packed_product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer
 #endif
   if (!run) return ffi::Error::InvalidArgument("no product of these types");
   int64_t blocks = (p.rows + kRowBlock - 1) / kRowBlock, threads = std::max<int64_t>(pool.num_threads(), 1);
-  // Few rows' weights are decoded eight outputs at a time in any case.
-  p.panel = p.rows <= kMostRows ? 32 : panel_of(p.outputs, blocks, threads, 128, 32);
+  // With few rows memory is the limit, and a panel's first outputs are not fetched ahead: many panels share the wait.
+  p.panel = p.rows <= kNarrowRows ? 32 : panel_of(p.outputs, blocks, threads, 128, 32);
   p.num_panels = (p.outputs + p.panel - 1) / p.panel;
   run_all(pool, &p, run, p.num_panels * blocks);
   return ffi::Error::Success();

@@ -100,7 +100,9 @@ struct Ahead {
 
   // `bytes` from `from` on, in `steps` steps.
   Ahead(const void* from, int64_t bytes, int64_t steps)
-      : at(static_cast<const uint8_t*>(from)), end(at + bytes), each((bytes / 64 + steps - 1) / std::max<int64_t>(steps, 1)) {}
+      : at(static_cast<const uint8_t*>(from)),
+        end(at + bytes),
+        each((bytes / 64 + steps - 1) / std::max<int64_t>(steps, 1)) {}
 
   template <int kLocality = 3>  // 3: into the nearest cache, 2: into the next one
   void step() {

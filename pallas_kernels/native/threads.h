@@ -23,9 +23,10 @@ T* scratch(int which, size_t count) {
 
 using Piece = void (*)(const void* problem, int64_t index);
 
-// Pieces are shared out in ranges, one for each thread, so that a thread reads on where it was: what is fetched ahead is
-// its own. Who has done with a range goes on with the next one's rest. The caller takes pieces itself and waits only for
-// those that others have begun, so that a pool whose threads are all busy, or wait in calls like this one, holds nothing up.
+// Pieces are shared out in ranges, one for each thread, so that a thread reads on where it was: what is fetched ahead
+// is its own. Who has done with a range goes on with the next one's rest. The caller takes pieces itself and waits only
+// for those that others have begun, so that a pool whose threads are all busy, or wait in calls like this one, holds
+// nothing up.
 struct Work {
   struct alignas(64) Range {
     std::atomic<int64_t> next;
