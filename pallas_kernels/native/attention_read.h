@@ -120,9 +120,16 @@ void read_keys(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t 
   for (int64_t first = 0; first < kBlock; first += 16) {
     for (int64_t i = first; i < first + 16; ++i) fetch_row(ahead[i], dims * kStoredBytes<S>);
     for (int64_t dim = 0; dim < dims; dim += kCount, out += 256) {
+      const uint8_t* at[16];
+      alignas(64) uint8_t ends[16][64];
+      for (int i = 0; i < 16; ++i) at[i] = rows[first + i] + dim * kStoredBytes<S>;
+      if (dim + kCount > dims) {
+        std::memset(ends, 0, sizeof ends);
+        for (int i = 0; i < 16; ++i) std::memcpy(ends[i], at[i], (dims - dim) * kStoredBytes<S>), at[i] = ends[i];
+      }
       __m512i r[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) r[i] = words_until<Element, S>(rows[first + i], dim, dims);
+      for (int i = 0; i < 16; ++i) r[i] = words<Element, S>(at[i]);
       transpose(r, out);
     }
   }
