@@ -192,7 +192,7 @@ def _notes(config: EngineConfig, device: PlanDevice, largest: WorkSpace) -> Iter
     if largest.how == COMPILED:
         yield "The work space of the largest step is XLA's own figure for this machine's CPU; others are estimates."
     else:
-        yield "The work space is estimated from the shapes of a layer, within a factor of 2; the engine compiles it."
+        yield "The work space is estimated from the shapes of a layer; an engine compiles its largest step to know it."
     if device.bytes_per_s is None:
         yield "No floors: the bandwidth of this CPU is not known."
     else:
