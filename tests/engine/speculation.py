@@ -190,4 +190,5 @@ def require_same_as_alone(
             if found.finish_reason != "abort":
                 assert (found.token_ids, found.finish_reason) == (whole.token_ids, whole.finish_reason)
             assert found.token_ids == whole.token_ids[: len(found.token_ids)]
-            assert whole.text.startswith(found.text)
+            # What an abort leaves of a character of several tokens is shown as U+FFFD.
+            assert whole.text.startswith(found.text.rstrip("\ufffd"))

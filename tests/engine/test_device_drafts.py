@@ -71,7 +71,7 @@ def test_a_model_foresees_itself(shelf: EngineShelf, alone: list[RequestOutput],
     assert core.stats.num_accepted_tokens > 0.97 * core.stats.num_draft_tokens > 30
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(schedule=schedules, workload=workloads, share=shares, seed=seeds)
 def test_any_schedule(
     schedule: Schedule,

@@ -56,7 +56,7 @@ PARAMS = [
 ]
 # Few cases whose requests share prefixes, follow grammars, are long, or have several completions; some are aborted.
 WORKLOADS: dict[str, tuple[Schedule, list[Arrival]]] = {
-    "no room": (Schedule(max_num_seqs=2, spare_blocks=0), [Arrival(n) for n in (1, 9, 13, 20, 21)]),
+    "no room": (Schedule(max_num_seqs=2, spare_blocks=0), [Arrival(n) for n in (11, 4, 13, 20, 21)]),
     "small chunks": (
         Schedule(max_num_seqs=2, max_num_batched_tokens=9, spare_blocks=2, prefix_caching=False, overlap=False),
         [Arrival(n, gap) for n, gap in ((5, 0), (14, 2), (23, 1), (10, 3))],
