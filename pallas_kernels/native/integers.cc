@@ -23,7 +23,7 @@ constexpr int64_t kMostInputs = 1 << 16;     // of which sums of any weights and
 constexpr int64_t kWorthSharing = 1 << 16;   // activations to round, for more than one thread
 constexpr int64_t kBlockBytes = 512 * 1024;  // of activations that share weights in a cache
 constexpr int64_t kMostAhead = 256 * 1024;   // bytes of weights to fetch while others are multiplied
-constexpr int64_t kFewNumbers = 8;           // rows x digits up to which turning weights costs more than it saves
+constexpr int64_t kFewNumbers = 16;          // rows x digits up to which turning weights costs more than it saves
 constexpr int64_t kFewPanel = 32;            // outputs of a piece
 constexpr int64_t kMostDeep = 640;           // inputs of a turned panel, which then fits in the nearest cache
 
@@ -85,7 +85,7 @@ void run_few(const void* problem, int64_t index) {
   int64_t first = index * kFewPanel, count = std::min(kFewPanel, p.outputs - first);
   int64_t bytes = p.inputs * kBits<F> / 8, steps = (p.inputs + 63) / 64;
   int64_t numbers = kDigits * p.rows;
-  int64_t tiles = (numbers + LaneTile<F>::kMost - 1) / LaneTile<F>::kMost * (numbers > 1 ? 2 : 1);
+  int64_t tiles = (numbers + LaneTile<F>::kMost - 1) / LaneTile<F>::kMost * (numbers > 2 ? 2 : 1);
   Rules rules(p, first, count);
   uint8_t* copy = scratch<uint8_t>(2, 8 * (bytes + 64));
   for (int64_t n = 0; n < count; n += 8) {

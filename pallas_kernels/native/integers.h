@@ -71,10 +71,11 @@ inline __m128i lane_sums(const __m512i* sums) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// Numbers x outputs of the sums, 16 of which have room for each number.
+// Numbers x outputs of the lanes' sums. A function of its own: beside other code GCC moves sums between registers and
+// memory in each step.
 template <Format F, int kNumbers, int kOutputs>
-void multiply_lanes(const int8_t* x, int64_t x_stride, Rows w, int64_t steps, const int32_t* starts, int32_t* sums,
-                    Ahead& ahead) {
+__attribute__((noinline)) void add_lanes_up(const int8_t* x, int64_t x_stride, Rows w, int64_t steps,
+                                            const int32_t* starts, __m512i* out, Ahead& ahead) {
   __m512i total[kNumbers][kOutputs];
 #pragma GCC unroll 8
   for (int r = 0; r < kNumbers; ++r)
@@ -95,20 +96,32 @@ void multiply_lanes(const int8_t* x, int64_t x_stride, Rows w, int64_t steps, co
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kNumbers; ++r)
-#pragma GCC unroll 2
-    for (int c = 0; c < kOutputs; c += 4)
-      _mm_store_si128(reinterpret_cast<__m128i*>(sums + r * 16 + c), lane_sums(total[r] + c));
+#pragma GCC unroll 8
+    for (int c = 0; c < kOutputs; ++c) _mm512_store_si512(out + r * kOutputs + c, total[r][c]);
 }
 
-// More sums at a time GCC does not keep in registers.
+// Numbers x outputs of the sums, 16 of which have room for each number.
+template <Format F, int kNumbers, int kOutputs>
+void multiply_lanes(const int8_t* x, int64_t x_stride, Rows w, int64_t steps, const int32_t* starts, int32_t* sums,
+                    Ahead& ahead) {
+  __m512i lanes[kNumbers * kOutputs];
+  add_lanes_up<F, kNumbers, kOutputs>(x, x_stride, w, steps, starts, lanes, ahead);
+#pragma GCC unroll 8
+  for (int r = 0; r < kNumbers; ++r)
+#pragma GCC unroll 2
+    for (int c = 0; c < kOutputs; c += 4)
+      _mm_store_si128(reinterpret_cast<__m128i*>(sums + r * 16 + c), lane_sums(lanes + r * kOutputs + c));
+}
+
 template <Format F>
 struct LaneTile {
   using Run = void (*)(const int8_t*, int64_t, Rows, int64_t, const int32_t*, int32_t*, Ahead&);
-  static constexpr int64_t kMost = 3;
+  static constexpr int64_t kMost = 6;
 
-  static int64_t outputs(int64_t numbers) { return numbers == 1 ? 8 : 4; }
+  static int64_t outputs(int64_t numbers) { return numbers <= 2 ? 8 : 4; }
   static Run run(int64_t numbers) {
-    static constexpr Run kRuns[] = {multiply_lanes<F, 1, 8>, multiply_lanes<F, 2, 4>, multiply_lanes<F, 3, 4>};
+    static constexpr Run kRuns[] = {multiply_lanes<F, 1, 8>, multiply_lanes<F, 2, 8>, multiply_lanes<F, 3, 4>,
+                                    multiply_lanes<F, 4, 4>, multiply_lanes<F, 5, 4>, multiply_lanes<F, 6, 4>};
     return kRuns[numbers - 1];
   }
 };

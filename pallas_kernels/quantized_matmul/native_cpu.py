@@ -28,7 +28,7 @@ from pallas_kernels.quantized_matmul.xla import both
 
 PADDED = 32  # rows of activations are padded to a multiple of it
 MOST_ROWS_WITHOUT_DOTS = 16
-MOST_ROWS_OF_INTEGERS = 32
+MOST_ROWS_OF_INTEGERS = 512
 MOST_INPUTS_OF_INTEGERS = 1 << 16  # of which sums of any weights and activations fit in 32 bits
 
 
