@@ -85,6 +85,11 @@ def check(job: Job, sample: Sample) -> None:
         raise MeasurementError("the times of a streamed job are missing or out of order")
 
 
+def facts_of(peer: Peer, loaded: Loaded, start_s: float) -> PeerFacts:
+    """What the report says about an engine that is ready."""
+    return PeerFacts(peer.about, loaded.versions, start_s, loaded.about, dict(peer.unsupported), peer.precision)
+
+
 class Comparison:
     """Workers that were started, and what they measured so far.
 
@@ -143,8 +148,7 @@ class Comparison:
             loaded = Loaded(**worker.ask("load", self._plan.timeout_s, settings=self._settings(peer)))
         start_s = time.perf_counter() - started
         self._say(f"  ready after {start_s:.1f} s")
-        facts = PeerFacts(peer.about, loaded.versions, start_s, loaded.about, dict(peer.unsupported), peer.precision)
-        self._journal.add_peer(peer.name, facts)
+        self._journal.add_peer(peer.name, facts_of(peer, loaded, start_s))
 
     def ceilings(self) -> None:
         """Measure what the machine reaches now, through every engine's library; workers that are gone are left out."""

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare.audit import Audit, wait_until_quiet
-from benchmarks.compare.driver import Plan
+from benchmarks.compare.driver import Plan, facts_of
 from benchmarks.compare.journal import Journal
 from benchmarks.compare.peer import Peer
 from benchmarks.compare.process import WorkerError, WorkerGoneError, WorkerProcess
+from benchmarks.compare.protocol import Loaded
 from benchmarks.compare.results import Start
 
 
@@ -85,14 +86,16 @@ class StartTimer:
         began = time.perf_counter()
         worker = self._start(peer, variables)
         audit = Audit(worker.group)
-        seconds = error = None
+        seconds = error = foreign = None
         try:
-            worker.ask("load", self._plan.timeout_s, settings=self._settings(peer))
-            seconds = time.perf_counter() - began
+            loaded = Loaded(**worker.ask("load", self._plan.timeout_s, settings=self._settings(peer)))
+            seconds, foreign = time.perf_counter() - began, audit.foreign()
+            if peer.name not in self._journal.peers:
+                self._journal.add_peer(peer.name, facts_of(peer, loaded, seconds))
         except (WorkerError, WorkerGoneError) as failure:
             error = f"{type(failure).__name__}: {failure}"
-        foreign = audit.foreign()
-        worker.close()
+        finally:
+            worker.close()
         kind = "cold" if blank.is_cold else "warm"
         self._say(f"{kind} start {blank.repetition}, {peer.name}: {error or f'{seconds:.1f} s'}")
         return Start(blank.peer, blank.repetition, blank.is_cold, seconds, foreign, error)

@@ -340,5 +340,6 @@ def test_starts_are_cold_then_warm_and_taken_once(tmp_path: Path) -> None:
         (2, False, None),
     ]
     assert given[0] == given[1] != given[2] == given[3]
+    assert journal.peers["a"].versions == {"fake": "1.0"}  # the report has a row of it
     assert all(isinstance(s, Start) and s.seconds is not None and s.seconds > 0 for s in journal.starts)
     assert StartTimer(replace(plan, deadline=0.0), start, lambda _: {}, journal, lambda line: None).measure(3) == 2
