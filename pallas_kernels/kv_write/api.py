@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_layout import NULL_PAGE, Pages
-from pallas_kernels.kv_write import reference, xla
+from pallas_kernels.kv_write import native_cpu, reference, xla
 from pallas_kernels.op import Implementation, Op
 from pallas_kernels.ragged import RaggedBatch, token_positions, token_sequences
 
@@ -19,10 +19,11 @@ def _everything(problem: object) -> str | None:
 OP = Op(
     name="kv_write",
     implementations=(
+        Implementation("native_cpu", {"run": native_cpu.run}, native_cpu.supports, native_cpu.device_reason),
         Implementation("xla", {"run": xla.run}, _everything),
         Implementation("reference", {"run": reference.run}, _everything),
     ),
-    automatic=("xla",),
+    automatic=("native_cpu", "xla"),
 )
 
 
@@ -48,5 +49,5 @@ def kv_write(
     Returns:
         The pages, same shape and dtype.
     """
-    run = OP.choose(implementation, pages.data.shape).functions["run"]
+    run = OP.choose(implementation, str(pages.data.dtype)).functions["run"]
     return run(pages, keys, values, slots)

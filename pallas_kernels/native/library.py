@@ -20,7 +20,7 @@ import jax
 logger = logging.getLogger("quire.kernels")
 
 SOURCES = Path(__file__).parent
-MAIN = ("attention.cc", "dense.cc", "integers.cc", "product.cc", "rowwise.cc")
+MAIN = ("attention.cc", "dense.cc", "integers.cc", "kv_write.cc", "product.cc", "rowwise.cc")
 TARGETS = {  # name for XLA -> symbol
     "quire_dense_product": "quire_dense_product",
     "quire_integer_product": "quire_integer_product",
@@ -28,6 +28,7 @@ TARGETS = {  # name for XLA -> symbol
     "quire_paged_attention": "quire_paged_attention",
     "quire_rms_norm": "quire_rms_norm",
     "quire_gate": "quire_gate",
+    "quire_kv_write": "quire_kv_write",
     "quire_turns": "quire_turns",
     "quire_heads": "quire_heads",
 }

@@ -53,7 +53,7 @@ class BrokenExecutor:
         collect_at: tuple[int, ...] = (),
         after: Callable[[Executor], None] = lambda executor: None,
     ) -> None:
-        self._real = real
+        self._real, self.executables = real, real.executables
         self._dispatch_at, self._collect_at, self._after = dispatch_at, collect_at, after
         self._num_dispatched = self._num_collected = 0
         self.in_failed: set[str] = set()

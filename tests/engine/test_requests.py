@@ -338,7 +338,7 @@ class TestEngineState:
         assert described["model_family"] == "llama" and described["vocab_size"] == VOCAB
         assert described["dtype"] == "float32" and described["num_kv_blocks"] == 255
         assert described["kv_cache_tokens"] == 255 * 16 and "KV (256 blocks)" in described["memory"]
-        assert set(described["implementations"]) == {"paged_attention", "kv_write", "matmul"}
+        assert set(described["implementations"]) == {"paged_attention", "kv_write", "matmul", "rowwise"}
 
     def test_after_shutdown(self, compilation_cache: str) -> None:
         with Engine(str(TINY / "llama"), compilation_cache_dir=compilation_cache, **SMALL) as engine:

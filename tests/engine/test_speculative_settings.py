@@ -121,7 +121,6 @@ def test_texts_that_are_no_settings(text: str, says: str) -> None:
         ("suffix", {"suffix_decoding_max_tree_depth": 1}, "must be an integer from 2 to 256, got 1"),
         ("suffix", {"suffix_decoding_max_cached_requests": -1}, "must be an integer from 0 to 1000000, got -1"),
         ("layer_skip", {"layers": None}, "layers or quantization is missing"),
-        ("layer_skip", {"quantization": "int5"}, "speculative_config: quantization 'int5' is not known"),
         ("layer_skip", {"layers": 0}, "number of layers or a list"),
         ("layer_skip", {"layers": []}, "number of layers or a list"),
         ("layer_skip", {"layers": [1, 0]}, "ascending indices"),
