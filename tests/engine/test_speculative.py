@@ -187,8 +187,8 @@ def test_the_time_for_guesses_is_time_of_the_step(parts: BuiltEngine, alone: lis
     speculator._proposer = Slow(speculator._proposer.answers, 0.0, 0)  # type: ignore[attr-defined]
     seen: list[float] = []
 
-    def observe_time(num_tokens: int, num_seqs: int, seconds: float, *, drafts: bool) -> None:
-        if drafts:
+    def observe_time(num_tokens: int, num_seqs: int, seconds: float, num_drafts: int) -> None:
+        if num_drafts:
             seen.append(seconds)
 
     speculator.observe_time = observe_time  # type: ignore[method-assign]
