@@ -148,6 +148,11 @@ def refused(asked: dict[str, Any], **settings: Any) -> str:
     return str(caught.value)
 
 
+def test_packed_weights_of_a_kind_that_there_is_not() -> None:
+    asked = {"method": "layer_skip", "quantization": "int5", "num_speculative_tokens": 2}
+    assert "speculative_config: quantization 'int5' is not known" in refused(asked)
+
+
 def test_packed_weights_are_not_packed_again() -> None:
     asked = {"method": "layer_skip", "quantization": "int8_w8a8", "num_speculative_tokens": 2}
     assert "this model's are packed already" in refused(asked, quantization="int8")
