@@ -310,7 +310,7 @@ def test_registers_are_there(quantized: bool, compute: int) -> None:
 
 def test_ladder() -> None:
     assert [i.name for i in OP.implementations if i.refuses(PROBLEM, H200) is None][0] == "mosaic_gpu"
-    assert OP.automatic == ("mosaic_gpu", "xla")
+    assert OP.automatic == ("mosaic_gpu", "native_cpu", "xla")
 
 
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda c: c.name)

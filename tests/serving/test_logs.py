@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+from msgspec import structs
 
 from engine.errors import RequestFailedError
 from serving.http.observer import RequestEnd, RequestStart
@@ -43,8 +44,8 @@ def test_a_line_of_text() -> None:
 def test_a_line_of_a_request_that_had_drafts() -> None:
     end = end_of()
     assert end.output is not None and end.output.metrics is not None
-    times = replace(end.output.metrics, num_drafts=4, num_draft_tokens=12, num_accepted_tokens=7)
-    line = line_of(start_of(), replace(end, output=replace(end.output, metrics=times)))
+    times = structs.replace(end.output.metrics, num_drafts=4, num_draft_tokens=12, num_accepted_tokens=7)
+    line = line_of(start_of(), replace(end, output=structs.replace(end.output, metrics=times)))
     assert as_text(line, NOON).endswith("e2e 1800.0 ms | 7 of 12 drafts")
     found = json.loads(as_json(line, NOON))
     assert (found["draft_tokens"], found["accepted_tokens"]) == (12, 7)
