@@ -72,7 +72,9 @@ def _build(config: EngineConfig) -> BuiltEngine:
     environment = Environment.read()
     reserve_gpu_memory(config.cache.gpu_memory_utilization)  # before anything looks at the devices
     if not is_bundle(Path(config.load.model).expanduser()):
-        return assemble(config, prepare(config, environment))
+        built = assemble(config, prepare(config, environment))
+        # Choices are made by tracing: what a first request needs has been traced now, which it need not have before.
+        return replace(built, parts=replace(built.parts, implementations=_implementations(built.parts.quantization)))
     config, manifest = open_bundle(config)
     built = assemble(config, load_bundle(config, manifest, environment))
     try:
@@ -116,7 +118,7 @@ def prepare(config: EngineConfig, environment: Environment) -> Prepared:
             model=loaded.config,
             params=loaded.params,
             quantization=loaded.quantization,
-            implementations=_implementations(loaded),
+            implementations=_implementations(loaded.quantization),
             program=program,
             ledger=ledger,
             executables=Executables(filling),
@@ -199,10 +201,10 @@ def _tokenizer_path(config: ModelLoadConfig, files: ModelFiles, options: FetchOp
     return files.path if config.tokenizer is None else resolve_tokenizer(config.tokenizer, options)
 
 
-def _implementations(loaded: LoadedModel) -> dict[str, str]:
+def _implementations(quantization: str | None) -> dict[str, str]:
     """What runs each operation of this model. The choices are noted per process: another engine may have had others."""
     chosen = chosen_implementations()
-    return chosen if loaded.quantization else {name: chosen[name] for name in chosen if name != "quantized_matmul"}
+    return chosen if quantization else {name: chosen[name] for name in chosen if name != "quantized_matmul"}
 
 
 def _load_tokenizer(path: Path | None) -> Tokenizer | None:

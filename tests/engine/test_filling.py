@@ -1,8 +1,10 @@
-"""Executables that are made while an engine serves: order, waiting, failures, the end. No engine, no compiler."""
+"""Executables that are made while an engine serves: order, waiting, failures, the end; and one engine that does so."""
 
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -181,3 +183,14 @@ def test_nothing_keeps_executables_once_they_are_made() -> None:
     del filling, thread
     gc.collect()
     assert gone() is None
+
+
+def test_what_runs_is_known_although_nothing_was_traced_before(compilation_cache: str) -> None:
+    """In the background nothing is compiled to learn its size: operations are chosen by tracing the first shapes."""
+    code = (
+        "from engine import Engine; from tests.engine.helpers import SMALL, TINY\n"
+        f"with Engine(str(TINY / 'llama'), **SMALL, compilation_cache_dir={compilation_cache!r},"
+        " compile_in_background=True) as engine: print(sorted(engine.describe()['implementations']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "['kv_write', 'matmul', 'paged_attention', 'rowwise']", done.stderr[-2000:]
